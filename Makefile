@@ -1,0 +1,56 @@
+# make run    make the environment, a tiny base model, and run the whole compiled pipeline on this machine
+# make test   make the environment, check the code and run every test that needs no cluster
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: run test test-fast test-cluster lint format env lock compile clean
+
+run: env
+	@$(BIN)/feyntune run
+
+test: env lint
+	$(PYTEST) -m "not cluster and not gpu"
+
+test-fast: env lint
+	$(PYTEST) -m "not cluster and not gpu and not slow"
+
+test-cluster: env
+	@test -n "$$KUBECONFIG" || { echo "KUBECONFIG is not set: name the cluster to test on"; exit 1; }
+	$(PYTEST) -m cluster tests/cluster
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile: env
+	$(BIN)/feyntune compile
+
+env: .venv/.ready
+
+# torch comes first and alone, by pip: what else is installed then keeps the build that is there. Where pip would
+# fetch the CUDA build and a CPU build is wanted: `UV_TORCH_BACKEND=cpu make env`.
+.venv/.ready: requirements/dev.txt requirements/torch.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: apt-get install python3.11 python3.11-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "python venv failed: apt-get install python3-venv"; exit 1; }
+	@echo "installing the environment into .venv (2 GB, a minute or two)"
+	@$(BIN)/pip install -q --disable-pip-version-check uv
+	@if [ -n "$$UV_TORCH_BACKEND" ]; then $(BIN)/uv pip install -q -r requirements/torch.txt; \
+	 else $(BIN)/pip install -q --disable-pip-version-check -r requirements/torch.txt; fi
+	@$(BIN)/uv pip install -q --no-deps --require-hashes -r requirements/dev.txt
+	@$(BIN)/uv pip install -q --no-deps -e .
+	@touch $@
+
+# Hashes, but no download addresses: anybody's package index serves.
+lock:
+	$(BIN)/uv pip compile -q requirements/dev.in -c requirements/torch.txt --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-package torch --python-version 3.11 -o requirements/dev.txt
+	requirements/lock.sh $(CURDIR)/$(BIN)/uv
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
