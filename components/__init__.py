@@ -1,0 +1,1 @@
+"""The platform's steps, one folder each; `common` holds what they share."""

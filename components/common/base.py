@@ -1,0 +1,104 @@
+"""Where a base model lies, and pinning it: `LOCATION@DIGEST`, so that every step uses the same weights.
+
+No heavy imports here: the preflight step runs in a second.
+"""
+
+import hashlib
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from components.common.errors import UserError
+from components.common.sealed import MANIFEST, is_sealed, read_manifest, sha256_file, sha256_json
+from components.common.store import open_store, pull, stored_manifest
+
+
+def split_pin(base: str) -> tuple[str, str | None]:
+    """`LOCATION@DIGEST` as (location, digest); digest is None where there is none."""
+    location, at, digest = base.rpartition("@")
+    return (location, digest) if at else (base, None)
+
+
+def pin_base(base: str) -> str:
+    """`base` with its digest: of a folder its content, of a hub model its commit.
+
+    Raises:
+        UserError: the model cannot be found, or is not what its pin says.
+    """
+    location, expected = split_pin(base)
+    if location.startswith("s3://"):
+        store, name = open_store(location.rpartition("/")[0]), location.rpartition("/")[2]
+        manifest = stored_manifest(store, name)
+        if manifest is None:
+            raise UserError(f"Base model {location} is not a sealed folder: put it there with `feyntune base push`.")
+        digest = manifest.digest
+    elif Path(location).is_dir():
+        digest = folder_digest(location)
+    elif _looks_like_hub_id(location):
+        digest = _hub_commit(location, expected)
+    else:
+        raise UserError(f"Base model {location}: there is no such folder, and it is not a hub id like ORG/NAME.")
+    if expected is not None and expected != digest:
+        raise UserError(f"Base model {location} has digest {digest[:16]}, the run was pinned to {expected[:16]}.")
+    return f"{location}@{digest}"
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Digest of a model folder: its manifest's if sealed, else of its files' contents."""
+    folder = Path(folder)
+    if is_sealed(folder):
+        return read_manifest(folder).digest
+    if not (folder / "config.json").is_file():
+        raise UserError(f"Base model {folder}: there is no config.json in it; give the folder of a saved model.")
+    names = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".model", ".txt")]
+    return _folder_digest(tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in names), str(folder))
+
+
+@lru_cache(maxsize=8)
+def _folder_digest(stamp: tuple[tuple[str, int, int], ...], folder: str) -> str:
+    return sha256_json({name: sha256_file(Path(folder) / name) for name, _, _ in stamp})
+
+
+def fetch_base(base: str) -> str:
+    """A local folder with the base model, downloaded into the cache first where it lies elsewhere."""
+    location, digest = split_pin(base)
+    if Path(location).is_dir():
+        return location
+    if location.startswith("s3://"):
+        cache = Path(os.environ.get("FEYNTUNE_CACHE", Path(tempfile.gettempdir()) / "feyntune-cache"))
+        folder = cache / hashlib.sha256(base.encode()).hexdigest()[:16]
+        if not (folder / MANIFEST).is_file():
+            pull(open_store(location.rpartition("/")[0]), location.rpartition("/")[2], folder)
+        return str(folder)
+    if _looks_like_hub_id(location):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return snapshot_download(
+                location, revision=digest, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+            raise UserError(
+                f"Base model {location} cannot be downloaded ({type(e).__name__}): check the name, the network and, "
+                "for a gated model such as Llama, that HF_TOKEN is set and its licence accepted."
+            ) from e
+    raise UserError(f"Base model {location}: there is no such folder, and it is not a hub id like ORG/NAME.")
+
+
+def _looks_like_hub_id(location: str) -> bool:
+    return location.count("/") == 1 and not location.startswith((".", "/", "~"))
+
+
+def _hub_commit(model: str, expected: str | None) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().model_info(model, revision=expected).sha)
+    except (HfHubHTTPError, OSError) as e:
+        raise UserError(
+            f"Base model {model} cannot be found on the hub ({type(e).__name__}): check the name, the network and, "
+            "for a gated model such as Llama, that HF_TOKEN is set and its licence accepted."
+        ) from e

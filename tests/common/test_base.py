@@ -1,0 +1,59 @@
+import pytest
+
+from components.common.base import fetch_base, folder_digest, pin_base, split_pin
+from components.common.errors import UserError
+from components.common.sealed import seal
+from components.common.store import open_store, push
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_folder_is_pinned_by_its_content(model):
+    location, digest = split_pin(pin_base(str(model)))
+    assert location == str(model)
+    assert digest == folder_digest(model)
+    assert pin_base(f"{model}@{digest}") == f"{model}@{digest}"
+    (model / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="the run was pinned to"):
+        pin_base(f"{model}@{digest}")
+
+
+def test_files_that_are_no_part_of_a_model_do_not_count(model):
+    before = folder_digest(model)
+    (model / "notes.png").write_bytes(b"x")
+    assert folder_digest(model) == before
+
+
+def test_a_sealed_folder_has_its_manifests_digest_wherever_it_lies(tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("FEYNTUNE_CACHE", str(tmp_path / "cache"))
+    with seal(tmp_path / "base", "base") as tmp:
+        (tmp.path / "config.json").write_text("{}")
+    manifest = push(open_store(f"{s3}/models"), tmp_path / "base", "tiny")
+    here, there = pin_base(str(tmp_path / "base")), pin_base(f"{s3}/models/tiny")
+    assert split_pin(here)[1] == split_pin(there)[1] == manifest.digest
+    fetched = fetch_base(there)
+    assert folder_digest(fetched) == manifest.digest
+    assert fetch_base(there) == fetched
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "just-a-name"])
+def test_a_model_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match="there is no such folder"):
+        pin_base(name)
+
+
+def test_a_folder_that_holds_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        pin_base(str(tmp_path))
+
+
+def test_an_s3_base_that_is_not_sealed_says_how_to_put_it_there(s3):
+    with pytest.raises(UserError, match="is not a sealed folder"):
+        pin_base(f"{s3}/models/none")

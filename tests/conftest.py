@@ -1,0 +1,181 @@
+"""What tests of several rooms share: a mini base model and a mini split, made once a session.
+
+Loopback only: nothing here or in a test reaches a hub, and one thread computes, so that bytes can be compared.
+"""
+
+import json
+import os
+import random
+import uuid
+from datetime import date, timedelta
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.common.records import SCHEMA, TEXT_FORM
+from components.common.sealed import seal
+
+_SUBJECTS = {
+    "hep-th": [
+        "the brane",
+        "this string vacuum",
+        "a gauge theory",
+        "the dual black hole",
+        "our matrix model",
+    ],
+    "hep-ph": [
+        "the Higgs boson",
+        "a heavy quark",
+        "the neutrino mass",
+        "this collider signal",
+        "a parton shower",
+    ],
+    "gr-qc": [
+        "the horizon",
+        "a gravitational wave",
+        "our cosmology",
+        "the metric perturbation",
+        "a wormhole",
+    ],
+    "kitchen": [
+        "the soup",
+        "a loaf",
+        "our oven",
+        "the garden",
+        "this old table",
+        "a neighbour",
+        "the market",
+    ],
+}
+_VERBS = ["shows", "has", "gives", "leads to", "agrees with", "depends on", "breaks", "hides", "needs"]
+_OBJECTS = {
+    "hep-th": ["a hidden supersymmetry", "its large $N$ limit", "the $AdS_5$ boundary", "a moduli space"],
+    "hep-ph": [
+        "a cross section of 12 pb",
+        "the next order in $\\alpha_s$",
+        "the standard model",
+        "flavour mixing",
+    ],
+    "gr-qc": ["a curvature singularity", "the ringdown phase", "dark energy", "the Einstein equations"],
+    "kitchen": [
+        "a good smell",
+        "more salt",
+        "the long winter",
+        "bread and butter",
+        "an open window",
+        "7 apples",
+    ],
+}
+
+
+def texts(topic: str, count: int, seed: int = 0) -> list[str]:
+    """Short texts of 1 to 8 sentences about one of the topics above."""
+    r = random.Random(f"{topic}:{seed}")
+
+    def sentence() -> str:
+        said = f"{r.choice(_SUBJECTS[topic])} {r.choice(_VERBS)} {r.choice(_OBJECTS[topic])}"
+        return said[0].upper() + said[1:] + "."
+
+    return [" ".join(sentence() for _ in range(r.randint(1, 8))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> str:
+    """A folder with a mini Llama (2 layers, hidden 64, at most 512 tokens) trained on kitchen talk."""
+    from components.train.tinybase import make_tiny_base
+
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    sizes = {"vocab": 512, "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "context": 256}
+    make_tiny_base(folder, texts("kitchen", 300), steps=60, tokens_per_step=512, **sizes)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_split(tmp_path_factory) -> str:
+    """A sealed `split` with the mixtures hep-th (48/12/12 papers) and hep-ph+gr-qc (40/10/10)."""
+    folder = tmp_path_factory.mktemp("split") / "split"
+    rows, drawn = [], []
+    for topic, mixture, count in (
+        ("hep-th", "hep-th", 72),
+        ("hep-ph", "hep-ph+gr-qc", 30),
+        ("gr-qc", "hep-ph+gr-qc", 30),
+    ):
+        for i, text in enumerate(texts(topic, count, seed=1)):
+            part = "train" if i < count * 4 // 6 else "validation" if i < count * 5 // 6 else "test"
+            identifier = f"{topic}/{9901001 + i}"
+            rows.append(
+                {
+                    "id": identifier,
+                    "primary": topic,
+                    "categories": [topic],
+                    "title": text.split(".")[0],
+                    "abstract": text,
+                    "date": date(1999, 1, 1) + timedelta(days=i),
+                    "license": None,
+                    "withdrawn": False,
+                    "source": "synthetic",
+                    "split": part,
+                    "cluster": identifier,
+                }
+            )
+            drawn.append({"mixture": mixture, "split": part, "id": identifier})
+    rows.sort(key=lambda row: row["id"])
+    extra = [pa.field("split", pa.string(), nullable=False), pa.field("cluster", pa.string(), nullable=False)]
+    schema = pa.schema([*SCHEMA, *extra], metadata=SCHEMA.metadata)
+    with seal(folder, "split", inputs={"corpus": "0" * 64}, config={"text_form": TEXT_FORM}) as tmp:
+        path = Path(tmp.path)
+        pq.write_table(pa.Table.from_pylist(rows, schema), path / "papers.parquet")
+        pq.write_table(pa.Table.from_pylist(drawn), path / "mixtures.parquet")
+        (path / "audit.json").write_text(json.dumps({"clean": True}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Endpoint and keys of an S3 server: moto's, or with FEYNTUNE_TEST_S3=1 the one the environment names."""
+    if os.environ.get("FEYNTUNE_TEST_S3") == "1":
+        yield {n: os.environ[n] for n in ("S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        return
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {"S3_ENDPOINT": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest"}
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch) -> str:
+    """Address of a fresh bucket; the environment holds what is needed to open it."""
+    from components.common.settings import S3Settings
+    from components.common.store import S3Store
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://feyntune-test-{uuid.uuid4().hex[:12]}"
+    S3Store(uri, S3Settings.from_env()).client.make_bucket(uri.removeprefix("s3://"))
+    return uri
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store_uri(request, tmp_path) -> str:
+    """Address of an empty store: a folder, and a prefix of a bucket."""
+    if request.param == "folder":
+        return str(tmp_path / "store")
+    return request.getfixturevalue("s3") + "/some/prefix"
+
+
+@pytest.fixture
+def store(store_uri):
+    from components.common.store import open_store
+
+    return open_store(store_uri)
