@@ -1,0 +1,248 @@
+"""Score the base model and its adapters on the test abstracts: one pass a system, one row an abstract.
+
+Abstracts are tokenised and sorted once, the base is loaded once, and each shard of scores is written as soon as
+it is there: an evaluation that was killed goes on where it was. A finished one returns without importing torch.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from components.common.base import pin_base, split_pin
+from components.common.errors import UserError
+from components.common.names import BASE, slug
+from components.common.sealed import MANIFEST, Manifest, open_sealed, seal, sha256_json
+from components.common.telemetry import log, progress
+from components.evaluate.config import EvaluateConfig
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("primary", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # test, or holdout (newer than the base's knowledge)
+        pa.field("n_tokens", pa.int32(), nullable=False),  # predicted tokens of the text: neither BOS nor EOS
+        pa.field("nll_text", pa.float64(), nullable=False),  # nats, summed over those tokens
+        pa.field("nll_eos", pa.float64(), nullable=False),  # nats, of the EOS after them
+        pa.field("entropy_sum", pa.float64(), nullable=False),  # nats, of the predictive distribution, summed
+        pa.field("n_bytes", pa.int32(), nullable=False),  # of the text in UTF-8
+        pa.field("n_chars", pa.int32(), nullable=False),
+    ]
+)
+
+SHARD = 1024  # abstracts between two writes
+
+
+def evaluate(
+    data: str | Path,
+    base: str,
+    adapters: Mapping[str, str | Path],
+    out: str | Path,
+    config: EvaluateConfig | None = None,
+) -> Manifest:
+    """Score every system into a sealed `evaluation` at `out`: `scores/SLUG.parquet`, columns as SCHEMA, by id.
+
+    The manifest's inputs name the split, the base, each adapter and the test set (`test`, see test_digest).
+
+    Args:
+        data: a sealed `split`.
+        base: a model folder, `s3://` folder or hub id, with or without `@digest`.
+        adapters: sealed `adapter` folders by variant name.
+
+    Raises:
+        UserError: nothing to score, no test paper in the categories, an adapter that was trained on another base,
+            or `out` holds another evaluation.
+        SealError: a folder is damaged or of another kind.
+    """
+    config = config or EvaluateConfig()
+    out = Path(out)
+    systems = ([BASE] if config.include_base else []) + sorted(adapters)
+    if not systems:
+        raise UserError("There is nothing to evaluate: give an adapter, or leave the base in.")
+    pinned = pin_base(base)
+    inputs = {"split": open_sealed(data, "split").digest, "base": split_pin(pinned)[1] or ""}
+    for name in sorted(adapters):
+        inputs[name] = _checked_adapter(name, adapters[name], inputs["base"])
+    papers = test_papers(data, config.categories)
+    inputs["test"] = test_digest(papers)
+
+    if (out / MANIFEST).is_file():
+        done = open_sealed(out, "evaluation")
+        if (done.inputs, done.config) == (inputs, config.model_dump(mode="json")):
+            log.info("%s is already evaluated", ", ".join(systems))
+            return done
+        raise UserError(f"{out} holds an evaluation of something else: choose another folder.")
+
+    with seal(out, "evaluation", inputs, config.model_dump(mode="json")) as folder:
+        (folder.path / "scores").mkdir()
+        scorer = _Scorer(pinned, papers, config, out.parent)
+        for system in systems:  # the base first, while there is no adapter in it
+            table = scorer.score(system, adapters.get(system), inputs.get(system))
+            pq.write_table(table, folder.path / "scores" / f"{slug(system)}.parquet")
+        folder.facts |= scorer.facts()
+    scorer.forget()
+    return open_sealed(out, "evaluation")
+
+
+def test_papers(data: str | Path, categories: list[str]) -> pa.Table:
+    """Test and hold-out papers of `categories` in the split `data`, sorted by id, without withdrawn ones.
+
+    Raises:
+        UserError: a category has none.
+    """
+    papers = pq.read_table(Path(data) / "papers.parquet", columns=["id", "primary", "abstract", "withdrawn", "split"])
+    wanted = pc.and_(pc.is_in(papers["split"], pa.array(["test", "holdout"])), pc.invert(papers["withdrawn"]))
+    papers = papers.filter(wanted).drop_columns("withdrawn").sort_by("id")
+    found = [category_of(p, categories) for p in papers["primary"].to_pylist()]
+    for category in categories:
+        if category not in found:
+            raise UserError(f"{data} has no test paper of category {category}: take it out, or use a larger corpus.")
+    return papers.filter(pa.array([f is not None for f in found], pa.bool_()))
+
+
+def category_of(primary: str, categories: list[str]) -> str | None:
+    """Which of `categories` a primary category falls under: `cs.LG` under `cs.LG` or else `cs`."""
+    archive = primary.partition(".")[0]
+    return next((c for c in (primary, archive) if c in categories), None)
+
+
+def test_digest(papers: pa.Table) -> str:
+    """Digest of a test set: ids, split and text of its papers. Only scores on one test set may be compared."""
+    return sha256_json([papers[c].to_pylist() for c in ("id", "split", "abstract")])
+
+
+def _checked_adapter(name: str, folder: str | Path, base: str) -> str:
+    if name == BASE or slug(name) == BASE:
+        raise UserError(f"An adapter cannot be called {BASE!r}, the base model's name: call it by its variant.")
+    adapter = open_sealed(folder, "adapter")
+    trained_on = adapter.inputs.get("base", "")
+    if trained_on != base:
+        raise UserError(
+            f"Adapter {name} ({folder}) was trained on base {trained_on[:16] or 'unknown'}, not on "
+            f"{base[:16]}: give the base model it was trained on."
+        )
+    return adapter.digest
+
+
+class _Scorer:
+    """Everything loaded once: token ids on first need, the base model on first need, adapters one at a time.
+
+    Finished shards lie beside the output, in a folder named by what decides them.
+    """
+
+    def __init__(self, base: str, papers: pa.Table, config: EvaluateConfig, folder: Path):
+        self.base, self.papers, self.config, self.folder = base, papers, config, folder
+        self.shards: list[Path] = []
+        self.model: Any = None
+        self.tokens, self.seconds, self.resumed = 0, 0.0, 0
+        self.kernel = ""
+
+    def score(self, system: str, adapter: str | Path | None, digest: str | None) -> pa.Table:
+        """Scores of one system as SCHEMA, sorted by id."""
+        key = {"test": test_digest(self.papers), "base": split_pin(self.base)[1], "adapter": digest}
+        key |= self.config.model_dump(mode="json", exclude={"include_base", "categories"})
+        shards = self.folder / f".scores-{sha256_json(key)[:16]}"
+        shards.mkdir(parents=True, exist_ok=True)
+        self.shards.append(shards)
+
+        order = self._order()
+        pieces = []
+        adapted = False
+        with progress(f"score {system}", len(order), "abstracts") as ticker:
+            for start in range(0, len(order), SHARD):
+                rows = order[start : start + SHARD]
+                path = shards / f"{start:08d}.parquet"
+                table = _read_shard(path, len(rows))
+                if table is None:
+                    if not adapted:
+                        self._load(adapter)
+                        adapted = True
+                    table = self._score_rows(rows)
+                    _write_shard(table, path)
+                else:
+                    self.resumed += 1
+                pieces.append(table)
+                ticker.advance(len(rows))
+        return pa.concat_tables(pieces).sort_by("id")
+
+    def _order(self) -> np.ndarray:
+        """Rows from the longest abstract to the shortest: batches are even, and too little memory shows at once."""
+        lengths = pc.binary_length(self.papers["abstract"].cast(pa.binary())).to_numpy()
+        return np.argsort(-lengths, kind="stable")
+
+    def _load(self, adapter: str | Path | None) -> None:
+        import torch
+
+        from components.common.models import best_device, check_fit, load_base, load_tokenizer
+        from components.common.packed import kernel
+
+        device = best_device()
+        if self.model is None:
+            self.tokenizer = load_tokenizer(self.base)
+            self.model = load_base(self.base, self.config.precision, device)
+            check_fit(self.model, self.tokenizer, self.base)
+            self.kernel = kernel(device) if self.config.precision != "fp32" else "sdpa"
+            self.hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        if adapter is None:
+            return
+        from peft import PeftModel
+
+        name = Path(adapter).resolve().as_posix().replace(".", "-")  # a module's name holds no dot
+        if isinstance(self.model, PeftModel):
+            self.model.load_adapter(str(adapter), adapter_name=name)
+            self.model.set_adapter(name)
+        else:
+            self.model = PeftModel.from_pretrained(self.model, str(adapter), adapter_name=name)
+        self.model.eval()
+
+    def _score_rows(self, rows: np.ndarray) -> pa.Table:
+        from components.common.models import encode
+        from components.evaluate.scoring import score
+
+        papers = self.papers.take(pa.array(rows))
+        texts = papers["abstract"].to_pylist()
+        documents = [encode(self.tokenizer, t) for t in texts]
+        for paper, document in zip(papers["id"].to_pylist(), documents, strict=True):
+            if len(document) < 3:
+                raise UserError(f"Paper {paper} has an empty abstract: ingest and split the corpus again.")
+        started = time.monotonic()
+        scores = score(self.model, documents, self.config.tokens_per_batch, self.config.tokens_per_head)
+        self.seconds += time.monotonic() - started
+        self.tokens += int(scores.n_tokens.sum())
+        columns = {c: papers[c] for c in ("id", "primary", "split")} | scores._asdict()
+        columns |= {"n_bytes": [len(t.encode()) for t in texts], "n_chars": [len(t) for t in texts]}
+        return pa.Table.from_pydict(columns, schema=SCHEMA)
+
+    def facts(self) -> dict[str, Any]:
+        """How this making went; nothing of it is in the digest."""
+        facts: dict[str, Any] = {"seconds": self.seconds, "tokens": self.tokens, "shards_resumed": self.resumed}
+        if self.model is not None:
+            facts |= {"tokens_per_second": self.tokens / self.seconds, "hardware": self.hardware}
+            facts |= {"precision": self.config.precision, "attention": self.kernel}
+        return facts
+
+    def forget(self) -> None:
+        """Remove the shards, once their rows are sealed."""
+        for shards in self.shards:
+            shutil.rmtree(shards, ignore_errors=True)
+
+
+def _read_shard(path: Path, rows: int) -> pa.Table | None:
+    try:
+        table = pq.read_table(path)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    return table if table.num_rows == rows and table.schema.equals(SCHEMA) else None
+
+
+def _write_shard(table: pa.Table, path: Path) -> None:
+    tmp = path.with_suffix(".tmp")
+    pq.write_table(table, tmp)
+    os.replace(tmp, path)

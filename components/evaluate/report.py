@@ -1,0 +1,285 @@
+"""The report: one HTML page that needs nothing else, from a comparison's summary.
+
+Sentences and chart positions are computed here; report.html.jinja lays them out and report.css gives them light,
+dark, print and phone clothes. Charts are inline SVG in percent of their box, so their text never shrinks.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from components.common.names import BASE
+from components.common.sealed import Manifest
+
+
+def render(
+    summary: dict[str, Any],
+    rows: list[dict[str, Any]],
+    curves: Mapping[str, Any],
+    counts: dict[str, Any],
+    audit: dict[str, Any],
+    manifests: Mapping[str, Manifest],
+) -> str:
+    """The page.
+
+    Args:
+        summary, rows: a comparison's summary.json and table (components.evaluate.compare.table).
+        curves: each variant's curve.json.
+        counts, audit: of the corpus (may be empty) and of the split.
+        manifests: "split", "evaluation", perhaps "corpus", and each variant's adapter.
+    """
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"n": _number, "signed": _signed, "short": _short, "p": _p, "seconds": _seconds}
+    return environment.get_template("report.html.jinja").render(
+        css=(here / "report.css").read_text(),
+        summary=summary,
+        rows=rows,
+        verdict=verdict(summary),
+        best=summary["verdict"]["best"],
+        forest=_forest(rows),
+        transfer=_transfer(summary, rows),
+        learning=_learning(curves, rows),
+        counts=_flat(counts),
+        audit=_flat(audit),
+        budget=_budget(rows),
+        reproduce=_reproduce(summary, manifests),
+        packages=manifests["evaluation"].packages,
+        BASE=BASE,
+    )
+
+
+def verdict(summary: dict[str, Any]) -> list[str]:
+    """What was found, in sentences: which variant, how sure, at what cost."""
+    test, found, variants = summary["test"], summary["verdict"], summary["variants"]
+    n = f"{test['abstracts']:,} test abstracts of {test['category']}"
+    if not variants:
+        return [f"No variant was measured on the {n}."]
+    if found["best"] is None:
+        return [
+            f"None of {len(variants)} variant{'s' if len(variants) > 1 else ''} is surely better than the base model "
+            f"on {n}: no paired interval lies below zero after correction for their number."
+        ]
+    name = found["best"]
+    best, base = variants[name], summary["base"]["perplexity"]["abstract_mean"]
+    delta = best["delta"]
+    said = [
+        f"{name} lowers the perplexity of the base model from {base:.2f} to "
+        f"{best['perplexity']['abstract_mean']:.2f} on {n}.",
+        f"Paired by abstract the difference is {_signed(delta['mean'])} "
+        f"(95 % interval {_signed(delta['low'])} to {_signed(delta['high'])}; Holm-corrected p {_p(best['p_holm'])}); "
+        f"it is better on {best['share_better']:.0%} of the abstracts.",
+    ]
+    if found["lead"] is not None:
+        lead = found["lead"]
+        sure = "surely ahead of" if lead["high"] < 0 else "not surely ahead of"
+        said.append(
+            f"It is {sure} the next best, {lead['over']}: {_signed(lead['mean'])} "
+            f"({_signed(lead['low'])} to {_signed(lead['high'])})."
+        )
+    if best.get("train_tokens") and best.get("seconds"):
+        said.append(f"It cost {best['train_tokens']:,} training tokens and {_seconds(best['seconds'])}.")
+    if len(variants) > 1:
+        said.append(f"{found['better_than_base']} of {len(variants)} variants are surely better than the base.")
+    return said
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round values that divide [low, high] into about `about` steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / about
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _forest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Intervals of variant minus base: positions in percent of the width."""
+    variants = [r for r in rows if r["delta"] is not None]
+    ends = [0.0, *(r[k] for r in variants for k in ("delta_low", "delta_high"))]
+    low, high = min(ends), max(ends)
+    room = 0.05 * (high - low) or 1.0
+    low, high = low - room, high + room
+    at = lambda value: round(100 * (value - low) / (high - low), 2)
+    return {
+        "ticks": [(at(t), _signed(t) if t else "0") for t in ticks(low, high)],
+        "zero": at(0.0),
+        "rows": [
+            {
+                "row": r,
+                "low": at(r["delta_low"]),
+                "mean": at(r["delta"]),
+                "high": at(r["delta_high"]),
+                "method": "all" if r["system"].endswith("all") else "qkv",
+            }
+            for r in variants
+        ],
+    }
+
+
+def _transfer(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Perplexity of every system on every category, and the change against the base in percent."""
+    if "transfer" not in summary:
+        return None
+    found = summary["transfer"]
+    lines = []
+    for name in (r["system"] for r in rows):
+        cells = []
+        for category in found.values():
+            value = category["systems"][name]["perplexity"]["abstract_mean"]
+            base = category["systems"][BASE]["perplexity"]["abstract_mean"]
+            delta = category["systems"][name].get("delta")
+            cells.append({"value": value, "change": 100 * (value / base - 1), "delta": delta})
+        lines.append({"system": name, "cells": cells})
+    widest = max((abs(c["change"]) for line in lines for c in line["cells"]), default=0) or 1.0
+    for line in lines:
+        for cell in line["cells"]:
+            cell["ink"] = round(60 * abs(cell["change"]) / widest)
+    return {"categories": {c: v["abstracts"] for c, v in found.items()}, "lines": lines}
+
+
+def _learning(curves: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """One panel a variant, all on the same axes: loss in nats a token against training steps."""
+    panels = []
+    for name in (r["system"] for r in rows):
+        if name not in curves:
+            continue
+        train, validation = _points(curves[name])
+        if train:
+            panels.append({"system": name, "train": train, "validation": validation})
+    if not panels:
+        return None
+    every = [p for panel in panels for p in panel["train"] + panel["validation"]]
+    right = max(x for x, _ in every) or 1
+    low, high = min(y for _, y in every), max(y for _, y in every)
+    room = 0.08 * (high - low) or 0.5
+    low, high = low - room, high + room
+    at = lambda x, y: (round(100 * x / right, 2), round(100 * (high - y) / (high - low), 2))
+    for panel in panels:
+        panel["train_line"] = " ".join("{},{}".format(*at(*p)) for p in panel["train"])
+        panel["validation_line"] = " ".join("{},{}".format(*at(*p)) for p in panel["validation"])
+        panel["validation_dots"] = [at(*p) for p in panel["validation"]]
+        panel["data"] = panel["train"][:: max(1, len(panel["train"]) // 12)]
+    return {
+        "panels": panels,
+        "x": [(at(t, 0)[0], _count(t)) for t in ticks(0, right, 4)],
+        "y": [(at(0, t)[1], f"{t:g}") for t in ticks(low, high, 4)],
+    }
+
+
+def _points(curve: dict[str, Any], most: int = 120) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, loss) while training, averaged to at most `most` points; and (step, loss) on validation abstracts."""
+    losses = curve["loss"]
+    size = max(1, math.ceil(len(losses) / most))
+    train = []
+    for start in range(0, len(losses), size):
+        group = losses[start : start + size]
+        train.append((start + len(group), sum(group) / len(group)))
+    return train, [(p["step"], math.log(p["perplexity"])) for p in curve["validation"]]
+
+
+def _budget(rows: list[dict[str, Any]]) -> str:
+    """Whether variants can be ranked by their data, or differ in how much they were trained."""
+    tokens = [r["train_tokens"] for r in rows if r["train_tokens"]]
+    if len(tokens) < 2:
+        return ""
+    if max(tokens) <= 1.05 * min(tokens):
+        return "All variants were trained on the same number of tokens (within 5 %): their ranking compares their data."
+    return (
+        f"Variants were trained for a fixed number of epochs, as in the paper: the largest saw "
+        f"{max(tokens) / min(tokens):.1f} times the tokens of the smallest, so more training and better data cannot "
+        "be told apart. For a comparison at equal compute train them with the same number of steps."
+    )
+
+
+def _reproduce(summary: dict[str, Any], manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """The commands that make these figures again, and the digests they must give."""
+    split, evaluation = manifests["split"], manifests["evaluation"]
+    corpus = manifests.get("corpus")
+    source = corpus.config.get("source", "SOURCE") if corpus else "SOURCE"
+    options = f" --until {corpus.config['until']}" if corpus and corpus.config.get("until") else ""
+    commands = [f"feyntune ingest {source} --out corpus{options}"]
+    after = split.config.get("after")
+    commands.append("feyntune split corpus --out split" + (f" --after {after}" if after else ""))
+    known = {k: v for k, v in manifests.items() if k in summary["variants"]}
+    for name, adapter in known.items():
+        mixture, _, method = name.rpartition("/")
+        config = {k: v for k, v in adapter.config.items() if k not in ("variant", "mixture", "method")}
+        commands.append(
+            f"feyntune train --data split --mix {mixture} --method {method} --base BASE --out adapters/{name} "
+            f"--recipe '{json.dumps(config)}'"
+        )
+    given = "".join(f" --adapter {name}=adapters/{name}" for name in known)
+    settings = {k: v for k, v in evaluation.config.items() if k != "include_base"}
+    commands.append(
+        f"feyntune evaluate --data split --base BASE --out evaluation{given} --recipe '{json.dumps(settings)}'"
+    )
+    digests = {"corpus": summary["corpus"]["digest"], "split": summary["split"]["digest"]}
+    digests |= {"base": summary["base"]["digest"], "test set": summary["test"]["digest"]}
+    digests |= {f"adapter {name}": adapter.digest for name, adapter in known.items()}
+    return {"commands": commands, "digests": digests}
+
+
+def _flat(figures: dict[str, Any], path: str = "") -> list[tuple[str, str]]:
+    """Numbers and words of nested counts as (name, value); lists by their length."""
+    found: list[tuple[str, str]] = []
+    for key, value in figures.items():
+        name = f"{path} {key}".strip().replace("_", " ")
+        if isinstance(value, dict):
+            found += _flat(value, name)
+        elif isinstance(value, bool):
+            found.append((name, "yes" if value else "no"))
+        elif isinstance(value, int | float):
+            found.append((name, _number(value)))
+        elif isinstance(value, list):
+            found.append((name, f"{len(value):,}"))
+        elif value:
+            found.append((name, str(value)))
+    return found
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """Integers with thin groups, others with `digits` significant decimals where they matter."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _signed(value: float) -> str:
+    digits = 2 if abs(value) >= 1 or value == 0 else min(6, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
+
+
+def _short(digest: str | None) -> str:
+    return (digest or "–")[:12]
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if value < 120:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g}"
