@@ -1,0 +1,154 @@
+"""What the endpoint asks of an engine, whichever it is, and the ways an engine says no.
+
+One implementation is here (`batching.py`: transformers' continuous batching). The rest of the room knows only
+this file.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+class EngineError(Exception):
+    """The engine cannot do what was asked; the message is for the client."""
+
+
+class TooLong(EngineError):
+    """Prompt and completion together exceed what the engine can hold."""
+
+
+class Busy(EngineError):
+    """Too many requests wait already."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds
+
+
+class Dead(EngineError):
+    """The engine's thread has ended or stands still: only a restart helps."""
+
+
+class Refused(EngineError):
+    """An adapter cannot be served; the message says why."""
+
+
+class NoSlot(Refused):
+    """Every adapter slot is taken."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine may use; fixed at start.
+
+    Args:
+        max_adapters: adapters in memory at once. A replaced version keeps its slot until its last request ends,
+            so leave a few more than are registered.
+        max_rank: largest LoRA rank. Memory and time grow with max_adapters x max_rank.
+        batch_tokens: most tokens in one step; longer prompts are read over several steps.
+        batch_requests: most requests in one step; the others wait.
+        cache_tokens: tokens of the key-value cache, shared by all requests of a batch.
+        queue: most requests waiting.
+        stall_seconds: an engine with work and no step for so long is reported dead.
+    """
+
+    max_adapters: int = 24
+    max_rank: int = 16
+    batch_tokens: int = 512
+    batch_requests: int = 64
+    cache_tokens: int = 32768
+    queue: int = 256
+    stall_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a completion is drawn.
+
+    Args:
+        max_tokens: most tokens, at least 1.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling (arXiv 1904.09751 §3.1); 1 keeps every token.
+        seed: equal seeds give equal completions, whatever shares the batch; None draws one.
+        logprobs: how many alternatives to report at each token; None reports no log probabilities.
+        ignore_eos: go on to max_tokens (for measurements).
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token; log probabilities (nats) are of the model's own distribution, before temperature and top_p."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Generation(Protocol):
+    """A submitted request: iterate over its tokens as they are made.
+
+    The iteration ends after EOS (which is given) or max_tokens. It raises Dead when the engine fails.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Token]: ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine is doing now."""
+
+    running: int
+    waiting: int
+    adapters: int
+    steps: int = field(default=0)
+
+
+class Engine(Protocol):
+    """One base model and the adapters over it. All methods are called on one event loop."""
+
+    max_length: int  # most tokens of prompt and completion together
+    vocabulary: int  # token ids are below this
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def alive(self) -> bool: ...
+    def load(self) -> Load: ...
+
+    def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling) -> Generation:
+        """Queue a request for the adapter loaded as `adapter` (None: the base).
+
+        Raises:
+            TooLong: see `max_length`.
+            Busy: the queue is full.
+            Dead: see `alive`.
+        """
+        ...
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop a request and free its place; nothing happens to one that has ended."""
+        ...
+
+    async def score(self, adapter: str | None, tokens: Sequence[int], top: int) -> list[Token]:
+        """The log probability of each token after those before it; the first has none."""
+        ...
+
+    async def load_adapter(self, key: str, folder: Path) -> None:
+        """Load the LoRA weights in `folder` under `key`, while requests run.
+
+        Raises:
+            Refused: the folder holds no adapter this engine can serve.
+            NoSlot: as many are loaded as fit.
+        """
+        ...
+
+    def unload_adapter(self, key: str) -> None:
+        """Take no more requests for `key`; its place is free once the running ones end."""
+        ...
