@@ -1,0 +1,1 @@
+"""The pipelines, their compiled form, the local run, and the `feyntune` command."""

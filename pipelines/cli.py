@@ -1,0 +1,578 @@
+"""The `feyntune` command. Verbs mirror the rooms; each step can be used without Kubeflow.
+
+Exit codes: 0 done, 1 a fault, 2 bad input, 3 a branch of the run failed (the others are reported), 75 interrupted
+and saved (start again to go on).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from components.common.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED_BRANCH,
+    EXIT_INTERRUPTED,
+    Interrupted,
+    UserError,
+)
+from components.common.telemetry import setup
+
+app = typer.Typer(
+    help="From arXiv abstracts to a family of domain-adapted language models behind one endpoint.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+registry_app = typer.Typer(help="What is registered, and what is served.", no_args_is_help=True)
+app.add_typer(registry_app, name="registry")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object and nothing else.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")]
+Data = Annotated[Path, typer.Option(help="Folder of a split.")]
+Base = Annotated[str, typer.Option(help="Base model: a folder, s3://BUCKET/FOLDER, or a hub id such as ORG/NAME.")]
+RegistryUri = Annotated[str, typer.Option("--registry", help="Folder or s3:// address of the registry.")]
+Flavour = Annotated[Literal["gpu", "cpu"], typer.Option(help="With or without GPUs.")]
+TokenFile = Annotated[Optional[str], typer.Option(help="File with a bearer token for the host.")]  # noqa: UP045
+ClusterSettings = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--settings", help="File with a cluster's own values (images, GPU pool, defaults), see pipelines/adapt.py."
+    ),
+]
+Recipe = Annotated[
+    str,
+    typer.Option(help="Settings to change, as JSON, such as '{\"epochs\": 2}'; `feyntune train --help` lists them."),
+]
+DEFAULT_WORKDIR = Path("runs")
+DEFAULT_REGISTRY = "runs/registry"
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except (Interrupted, KeyboardInterrupt) as e:
+        print(f"interrupted: {e or 'stopped'}; start again to go on from here", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _say(result: dict[str, Any], as_json: bool, line: str) -> None:
+    print(json.dumps(result) if as_json else line)
+
+
+@app.command()
+def run(
+    source: Annotated[str, typer.Option(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")] = "synthetic:1200",
+    variants: Annotated[
+        str, typer.Option(help="Variants, separated by commas (`all` for all twenty).")
+    ] = "hep-th/lora-qkv,hep-th/lora-all",
+    workdir: Annotated[Path, typer.Option(help="Folder that keeps runs, and what they need not do again.")] = (
+        DEFAULT_WORKDIR
+    ),
+    base: Annotated[Optional[str], typer.Option(help="Base model; a tiny one is made by default.")] = None,  # noqa: UP045
+    until: Annotated[str, typer.Option(help="Only papers first submitted up to this date (YYYY-MM-DD).")] = "",
+    after: Annotated[str, typer.Option(help="Papers first submitted after this date are held out for testing.")] = "",
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='Settings as JSON: {"train": {…}, "evaluate": {…}}.'),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Training processes, one a GPU.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run the compiled suite on this machine, from abstracts to a registry."""
+    from pipelines import local
+    from pipelines.variants import load_variants
+
+    setup(quiet=as_json)
+    names = load_variants().names() if variants == "all" else [v.strip() for v in variants.split(",") if v.strip()]
+    failed = None
+    try:
+        folder = local.run(
+            source,
+            names,
+            workdir,
+            until=until,
+            after=after,
+            base=base,
+            recipe=_settings(recipe) if recipe else None,
+            devices=devices,
+        )
+    except local.RunFailed as e:
+        failed, folder = e, (workdir / "latest").resolve()
+    summary = folder / "summary.json"
+    if failed is None or failed.reported:
+        if as_json:
+            print(summary.read_text())
+        else:
+            local.show(folder, workdir)
+    if failed is not None:
+        print(f"error: {failed}", file=sys.stderr)
+        sys.exit(EXIT_FAILED_BRANCH)
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")],
+    out: Out,
+    until: Annotated[Optional[str], typer.Option(help="Only papers first submitted up to this date.")] = None,  # noqa: UP045
+    categories: Annotated[str | None, typer.Option(help="Archives or categories to keep, by commas.")] = None,
+    max_bad: Annotated[float, typer.Option(help="Share of unreadable records at which to stop.")] = 0.001,
+    converted_text: Annotated[
+        bool, typer.Option(help="Accept formats that turn TeX into Unicode (never mix them with others).")
+    ] = False,
+    oai_set: Annotated[Optional[str], typer.Option(help="OAI set, such as physics:hep-th.")] = None,  # noqa: UP045
+    prefix: Annotated[str, typer.Option(help="OAI metadata prefix.")] = "arXivRaw",
+    since: Annotated[Optional[str], typer.Option(help="OAI: only records changed since this date.")] = None,  # noqa: UP045
+    delay: Annotated[float, typer.Option(help="OAI: seconds between requests (arXiv asks for 3).")] = 3.0,
+    state: Annotated[Optional[Path], typer.Option(help="OAI: folder that lets a harvest resume.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Read papers from a source into a canonical corpus."""
+    from components.ingest.ingest import ingest
+
+    setup(quiet=as_json)
+    manifest = ingest(
+        source,
+        out,
+        until=until,
+        categories=_names(categories),
+        max_bad=max_bad,
+        converted_text=converted_text,
+        oai_set=oai_set,
+        prefix=prefix,
+        since=since,
+        delay=delay,
+        state=state,
+    )
+    counts = json.loads((out / "counts.json").read_text())
+    _say(
+        {**counts, "digest": manifest.digest},
+        as_json,
+        f"{out}: {counts['kept']:,} papers, digest {manifest.digest[:16]}",
+    )
+
+
+@app.command()
+def split(
+    corpus: Annotated[Path, typer.Argument(help="Folder of a corpus.")],
+    out: Out,
+    after: Annotated[str | None, typer.Option(help="Papers after this date are held out for testing.")] = None,
+    previous: Annotated[Path | None, typer.Option(help="An earlier split, whose papers stay where they are.")] = None,
+    mixtures: Annotated[Optional[Path], typer.Option(help="Your own mixtures file.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Assign papers to train, validation and test; draw the mixtures; audit for leaks."""
+    from components.split.split import split
+
+    setup(quiet=as_json)
+    manifest = split(corpus, out, after=after, previous=previous, mixtures=mixtures)
+    audit = json.loads((out / "audit.json").read_text())
+    _say({**audit, "digest": manifest.digest}, as_json, f"{out}: digest {manifest.digest[:16]}; see audit.json")
+
+
+@app.command()
+def train(
+    data: Data,
+    mixture: Annotated[str, typer.Option("--mix", help="Mixture, such as hep-th.")],
+    method: Annotated[str, typer.Option(help="lora-qkv or lora-all.")],
+    base: Base,
+    out: Out,
+    recipe: Recipe = "{}",
+    checkpoints: Annotated[str | None, typer.Option(help="Folder or s3:// address for checkpoints.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one adapter. Started again after an interruption, it goes on from its newest checkpoint."""
+    from components.common.base import pin_base
+    from components.train.launch import launch
+
+    setup(quiet=as_json)
+    place = checkpoints or str(out.with_name(f".{out.name}.state"))
+    manifest = launch(
+        data=str(data), mixture=mixture, method=method, base=pin_base(base), out=str(out), config=_settings(recipe),
+        checkpoints=place,
+    )  # fmt: skip
+    line = f"{out}: {manifest.facts['train_tokens']:,} tokens in {manifest.facts['seconds']:.0f} s"
+    _say({**manifest.facts, "digest": manifest.digest}, as_json, line)
+
+
+@app.command()
+def evaluate(
+    data: Data,
+    base: Base,
+    out: Annotated[Path, typer.Option(help="Folder to write: scores/ and comparison/.")],
+    adapter: Annotated[Optional[list[str]], typer.Option(help="NAME=DIR; repeat for more.")] = None,  # noqa: UP045
+    recipe: Recipe = "{}",
+    as_json: Json = False,
+) -> None:
+    """Score the base and adapters on the test abstracts, and compare them."""
+    from components.common.base import pin_base
+    from components.evaluate.compare import compare
+    from components.evaluate.config import EvaluateConfig
+    from components.evaluate.evaluate import evaluate
+
+    setup(quiet=as_json)
+    adapters = {}
+    for item in adapter or []:
+        name, equals, folder = item.partition("=")
+        if not equals:
+            raise UserError(f"--adapter {item}: write NAME=DIR.")
+        adapters[name] = folder
+    evaluate(str(data), pin_base(base), adapters, out / "scores", EvaluateConfig.model_validate(_settings(recipe)))
+    compare([out / "scores"], adapters, str(data), out / "comparison")
+    summary = json.loads((out / "comparison" / "summary.json").read_text())
+    _say(summary, as_json, (out / "comparison" / "table.md").read_text())
+
+
+@app.command()
+def register(
+    comparison: Annotated[Path, typer.Argument(help="Folder of a comparison.")],
+    adapter: Annotated[list[str], typer.Option(help="NAME=DIR; repeat for more.")],
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    policy: Annotated[Optional[Path], typer.Option(help="Gate policy file.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Register measured adapters and promote the best one past the gate."""
+    from components.register.register import register
+
+    setup(quiet=as_json)
+    adapters = dict(item.split("=", 1) for item in adapter)
+    done = register(str(comparison), adapters, registry, policy=policy)
+    _say(done.model_dump(mode="json"), as_json, f"champion: {done.champion or 'none'}")
+
+
+@app.command()
+def serve(
+    base: Base,
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8081,
+    precision: Annotated[str, typer.Option(help="Of the base in memory: bf16, fp32 or nf4.")] = "fp32",
+    max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 24,
+    max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 16,
+    canary_share: Annotated[
+        float, typer.Option(help="Share (0 to 1) of the champion's requests for the newest version in staging.")
+    ] = 0.0,
+    drain_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 60.0,
+    linger_seconds: Annotated[float, typer.Option(help="Time to take new requests after SIGTERM.")] = 0.0,
+    keys_file: Annotated[Optional[Path], typer.Option(help="Bearer keys, one a line; without it all may ask.")] = None,  # noqa: UP045
+) -> None:
+    """Serve the base and every registered adapter from one endpoint."""
+    from components.serve.serve import serve
+
+    setup()
+    if precision not in ("bf16", "fp32", "nf4"):
+        raise UserError(f"--precision {precision}: choose bf16, fp32 or nf4.")
+    serve(
+        registry,
+        base,
+        host=host,
+        port=port,
+        grpc_port=grpc_port,
+        precision=precision,  # type: ignore[arg-type]
+        max_adapters=max_adapters,
+        max_rank=max_rank,
+        canary_share=canary_share,
+        drain_seconds=drain_seconds,
+        linger_seconds=linger_seconds,
+        keys_file=keys_file,
+    )
+
+
+@app.command("compile")
+def compile_(
+    out: Annotated[Path | None, typer.Option(help="Folder to write; the package's own by default.")] = None,
+) -> None:
+    """Write the pipelines' YAML."""
+    from pipelines.compile import COMPILED, compile_all
+
+    for path in compile_all(out or COMPILED):
+        print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    alias: Annotated[str, typer.Option(help="champion, or champion:MIXTURE.")] = "champion",
+    as_json: Json = False,
+) -> None:
+    """Put a version that passed the gate into production; endpoints follow by themselves."""
+    from components.register.registry import Registry
+
+    setup(quiet=as_json)
+    version = Registry.open(registry).promote(name, alias)
+    _say(version.model_dump(mode="json"), as_json, f"{alias} is {version.name}")
+
+
+@app.command()
+def rollback(
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    alias: Annotated[str, typer.Option(help="champion, or champion:MIXTURE.")] = "champion",
+    as_json: Json = False,
+) -> None:
+    """Give an alias back to the version that held it before."""
+    from components.register.registry import Registry
+
+    setup(quiet=as_json)
+    version = Registry.open(registry).rollback(alias)
+    _say(version.model_dump(mode="json"), as_json, f"{alias} is {version.name}")
+
+
+@app.command()
+def plan(
+    variants: Annotated[
+        str, typer.Option(help="Variants, separated by commas (`all` for the paper's twenty).")
+    ] = "all",
+    hardware: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100 or h200.")] = "a100-40gb",
+    devices: Annotated[int, typer.Option(help="Devices of one training.")] = 3,
+    tokens_per_second: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Measured useful tokens a second of one device; stated from --utilisation otherwise."),
+    ] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of the device's peak that is assumed.")] = 0.35,
+    price: Annotated[Optional[float], typer.Option(help="Of one device for one hour.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Tokens, steps, memory, GPU-hours and money of variants before any is run, beside the published recipe's."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from components.train.plan import paper_variants, plan_variants, totals
+    from pipelines.variants import chosen
+
+    setup(quiet=as_json)
+    papers = paper_variants()
+    names = list(papers) if variants == "all" else chosen([v.strip() for v in variants.split(",")])
+    rows = plan_variants(
+        {name: papers[name] for name in names},
+        hardware,
+        devices,
+        tokens_per_second=tokens_per_second,
+        utilisation=utilisation,
+        price=price,
+    )
+    whole = totals(rows)
+    if as_json:
+        print(json.dumps({"variants": [asdict(r) for r in rows], "totals": whole}))
+        return
+    rate = f"{tokens_per_second:,.0f} tokens/s measured" if tokens_per_second else f"{utilisation:.0%} of peak, assumed"
+    table = Table(title=f"{devices} x {hardware}, {rate}", title_justify="left")
+    table.add_column("variant")
+    for column in ("tokens", "steps", "GiB", "GPU-hours", "hours", "published GPU-hours", "published hours"):
+        table.add_column(column, justify="right")
+    for name, r in [*((r.variant, asdict(r)) for r in rows), ("all", whole)]:
+        table.add_row(
+            name,
+            f"{r['tokens']:,}",
+            f"{r['steps']:,}",
+            f"{r['memory_bytes'] / 2**30:.1f}",
+            *(f"{r[key]:,.1f}" for key in ("gpu_hours", "hours", "published_gpu_hours", "published_hours")),
+        )
+    _print(table)
+    if price is not None:
+        print(f"money: {whole['money']:,.2f}; the published recipe's: {whole['published_money']:,.2f}")
+
+
+@app.command()
+def deploy(
+    spec: Annotated[Path, typer.Argument(help="YAML file of what is to be served (components/register/deploy.py).")],
+    url: Annotated[Optional[str], typer.Option(help="Where this machine reaches the endpoint.")] = None,  # noqa: UP045
+    timeout: Annotated[float, typer.Option(help="Seconds until it must answer.")] = 1800,
+    as_json: Json = False,
+) -> None:
+    """Bring the registry's adapters to answer on a cluster; put everything back if they do not."""
+    import yaml
+
+    from components.register.deploy import deploy, parse_spec
+
+    setup(quiet=as_json)
+    if not spec.is_file():
+        raise UserError(f"{spec}: there is no such file.")
+    done = deploy(parse_spec(yaml.safe_load(spec.read_text())), url, timeout=timeout)
+    _say(done.model_dump(mode="json"), as_json, f"{done.service} answers at {done.url}")
+
+
+@registry_app.command("ls")
+def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
+    """All versions, their stage, what they measured, and which alias they hold."""
+    from rich.table import Table
+
+    from components.register.registry import Registry
+
+    setup(quiet=as_json)
+    state = Registry.open(registry).snapshot()
+    if as_json:
+        versions = [v.model_dump(mode="json") for v in state.versions.values()]
+        print(json.dumps({"versions": versions, "aliases": state.aliases}))
+        return
+    table = Table()
+    for column in ("version", "stage", "minus base [95 %]", "aliases", "added"):
+        table.add_column(column)
+    for v in state.versions.values():
+        delta = v.measured.delta
+        aliases = ", ".join(a for a, name in state.aliases.items() if name == v.name)
+        table.add_row(
+            v.name, v.stage, f"{delta.mean:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]", aliases, v.added[:19]
+        )
+    _print(table)
+
+
+@registry_app.command("show")
+def registry_show(
+    name: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    as_json: Json = False,
+) -> None:
+    """One version: its lineage, its verdict, and its model card."""
+    from components.register.registry import Registry
+
+    setup(quiet=as_json)
+    opened = Registry.open(registry)
+    version = opened.resolve(name)
+    _say(version.model_dump(mode="json"), as_json, opened.card(version.name))
+
+
+@registry_app.command("history")
+def registry_history(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
+    """Every decision, oldest first, void ones included."""
+    from components.register.registry import Registry
+
+    setup(quiet=as_json)
+    entries = Registry.open(registry).history()
+    if as_json:
+        print(json.dumps([e.model_dump(mode="json") for e in entries]))
+        return
+    for e in entries:
+        names = ", ".join([v.name for v in e.event.add] or e.event.versions)
+        moves = ", ".join(f"{alias}: {m.old or 'nobody'} -> {m.new or 'nobody'}" for alias, m in e.event.moves.items())
+        note = f"  (void: {e.void})" if e.void else ""
+        print(f"{e.event.time[:19]} {e.event.kind:9} {names}  {moves}{note}")
+
+
+@registry_app.command("diff")
+def registry_diff(
+    one: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
+    other: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    as_json: Json = False,
+) -> None:
+    """Where two versions differ."""
+    from components.register.registry import Registry, diff
+
+    setup(quiet=as_json)
+    opened = Registry.open(registry)
+    found = diff(opened.resolve(one), opened.resolve(other))
+    _say({k: list(v) for k, v in found.items()}, as_json, "\n".join(f"{k}: {a} -> {b}" for k, (a, b) in found.items()))
+
+
+@registry_app.command("export")
+def registry_export(
+    name: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
+    out: Out,
+    registry: RegistryUri = DEFAULT_REGISTRY,
+) -> None:
+    """Write a version as a folder that PEFT loads."""
+    from components.register.registry import Registry
+
+    setup()
+    print(f"{out}: {Registry.open(registry).export(name, out).name}")
+
+
+@app.command()
+def upload(
+    host: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines.")],
+    version: Annotated[Optional[str], typer.Option(help="Name of the version; the package's by default.")] = None,  # noqa: UP045
+    images: Annotated[Optional[str], typer.Option(help="Prefix of the images in your registry.")] = None,  # noqa: UP045
+    namespace: Annotated[Optional[str], typer.Option(help="Profile namespace (multi-user Kubeflow).")] = None,  # noqa: UP045
+    flavour: Flavour = "gpu",
+    token_file: TokenFile = None,
+    settings: ClusterSettings = None,
+    as_json: Json = False,
+) -> None:
+    """Make the pipelines stand in the Kubeflow UI, ready to start."""
+    from importlib import metadata
+
+    from pipelines.submit import upload
+
+    setup(quiet=as_json)
+    ids = upload(host, version or metadata.version("feyntune"), images, namespace, flavour, token_file, settings)
+    _say(ids, as_json, "\n".join(f"feyntune-{name}: version {i}" for name, i in ids.items()))
+
+
+@app.command()
+def submit(
+    host: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines.")],
+    pipeline: Annotated[str, typer.Option(help="suite or variant.")] = "suite",
+    arguments: Annotated[str, typer.Option(help="The run's parameters, as JSON.")] = "{}",
+    images: Annotated[Optional[str], typer.Option(help="Prefix of the images in your registry.")] = None,  # noqa: UP045
+    namespace: Annotated[Optional[str], typer.Option(help="Profile namespace (multi-user Kubeflow).")] = None,  # noqa: UP045
+    flavour: Flavour = "gpu",
+    token_file: TokenFile = None,
+    settings: ClusterSettings = None,
+    as_json: Json = False,
+) -> None:
+    """Start a run on a Kubeflow host."""
+    from pipelines.submit import submit
+
+    setup(quiet=as_json)
+    if pipeline not in ("suite", "variant"):
+        raise UserError(f"--pipeline {pipeline}: choose suite or variant.")
+    run_id = submit(
+        host, pipeline, _settings(arguments, "--arguments"), images, namespace, flavour, token_file, settings
+    )
+    _say({"run": run_id}, as_json, f"started run {run_id}")
+
+
+@app.command()
+def doctor(
+    store: Annotated[Optional[str], typer.Option(help="Store to try: a folder or s3://BUCKET/PREFIX.")] = None,  # noqa: UP045
+    host: Annotated[Optional[str], typer.Option(help="URL of Kubeflow Pipelines to try.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """What is missing on this machine or cluster, one sentence each."""
+    from rich.table import Table
+
+    from pipelines.doctor import examine
+
+    setup(quiet=as_json)
+    found = list(examine(store, host))
+    if as_json:
+        print(json.dumps([f._asdict() for f in found]))
+    else:
+        table = Table(show_header=False, box=None)
+        for f in found:
+            table.add_row({"ok": "ok", "missing": "MISSING", "optional": "-"}[f.state], f.what, f.sentence)
+        _print(table)
+    if any(f.state == "missing" for f in found):
+        sys.exit(1)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def _settings(text: str, option: str = "--recipe") -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{option} is not JSON ({e}): write an object such as '{{\"epochs\": 2}}'.") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{option} must be a JSON object such as '{{\"epochs\": 2}}'.")
+    return found
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [n.strip() for n in text.split(",") if n.strip()] if text else None
+
+
+if __name__ == "__main__":
+    main()
