@@ -1,0 +1,94 @@
+"""Writes feyntune/README.md from the comments of feyntune/values.yaml: `python charts/readme.py` (a test compares).
+
+A comment that begins with `# --` belongs to the key on the next line that is no comment.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CHART = Path(__file__).parent / "feyntune"
+HEAD = """# The feyntune chart
+
+<!-- Made by charts/readme.py from values.yaml; edit there. -->
+
+One release in a namespace of its own (or in a Kubeflow profile's): object store, bucket, Secrets, the pipelines in
+Kubeflow, the endpoint, network policies, monitoring. Kubernetes 1.20 or later, Helm 3.6 or later (Helm 4 too).
+
+```sh
+helm install feyntune charts/feyntune -n feyntune --create-namespace --wait --timeout 30m
+helm test feyntune -n feyntune --timeout 10m
+```
+
+What must be there is detected and named: Kubeflow Pipelines (`kubeflow.enabled=false` goes without), KServe
+(`serving.kind=Deployment` goes without), Kueue when asked for. Without the Prometheus operator the monitoring objects
+are left out, and the notes after the installation say so.
+
+| who | what they need |
+|---|---|
+| a cluster without GPUs | `kubeflow.flavour=cpu`, `serving.gpus=0`, `serving.precision=fp32` |
+| an S3 server of yours | `objectStore.kind=external`, `.endpoint`, Secret `feyntune-s3`, `.credentials.existing=true` |
+| a Kubeflow profile | `kubeflow.mode=profile`, `podSecurity.labelNamespace=false` |
+| no network outside | `images.prefix`, and the images of `manifests/airgap/images.txt` in your registry |
+
+## Rights
+
+| account | may | because |
+|---|---|---|
+| `…-namespace` | patch this one namespace | the Job that labels it for Pod Security |
+| `…-upload` (profile mode) | get, list, create `pipelines` | the Job that puts the pipelines into Kubeflow |
+| `…-serving`, `…-store`, `…-jobs` | nothing; no token is mounted | they speak to no Kubernetes API |
+
+## What stays
+
+Upgrade and rollback leave the volume, the bucket and the drawn keys alone. `helm uninstall` leaves the bundled store's
+volume and its Secret (`objectStore.persistence.keep=false` gives the volume up); a new release of the same name takes
+both over again.
+
+## Values
+
+"""
+
+
+def document(values: str) -> str:
+    """The whole README for the text of values.yaml.
+
+    Raises:
+        ValueError: a value without a comment.
+    """
+    rows = []
+    for path, default in _leaves(yaml.safe_load(values), values):
+        meaning = _meaning(values, path)
+        if not meaning:
+            raise ValueError(f"{'.'.join(path)} has no `# --` comment above it in values.yaml")
+        shown = yaml.safe_dump(default, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+        rows.append(f"| `{'.'.join(path)}` | `{shown}` | {meaning} |")
+    return HEAD + "| value | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _leaves(value: Any, text: str, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Keys that are commented on, or end; with their defaults."""
+    if isinstance(value, dict) and (not path or not _meaning(text, path)):
+        return [leaf for k, v in value.items() for leaf in _leaves(v, text, (*path, k))]
+    return [(path, value)]
+
+
+def _meaning(text: str, path: tuple[str, ...]) -> str:
+    comment: list[str] = []
+    where: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(r"( *)# ?(-- )?(.*)", line):
+            comment = [match[3]] if match[2] else ([*comment, match[3]] if comment else [])
+            continue
+        if match := re.match(r"( *)([\w]+):", line):
+            where = [*where[: len(match[1]) // 2], match[2]]
+            if tuple(where) == path:
+                return " ".join(comment).replace("|", "\\|")
+        comment = []
+    return ""
+
+
+if __name__ == "__main__":
+    (CHART / "README.md").write_text(document((CHART / "values.yaml").read_text()))

@@ -1,0 +1,49 @@
+"""Runs in a step's pod in the place of Kubeflow's launcher: artifacts in, the step's own command, artifacts out.
+
+/driver/task.json: {"executor_input": …, "command": […], "result": "bucket/key"}. Exits with the command's code.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from components.common.store import open_store
+
+
+def main() -> int:
+    task = json.loads(Path("/driver/task.json").read_text())
+    given, wanted = task["executor_input"]["inputs"], task["executor_input"]["outputs"]
+    for artifact in _artifacts(given):
+        bucket, _, prefix = artifact["uri"].removeprefix("s3://").partition("/")
+        store = open_store(f"s3://{bucket}")
+        for name in store.names(prefix):
+            path = Path("/s3") / bucket / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, path)
+    for artifact in _artifacts(wanted):
+        Path("/s3", artifact["uri"].removeprefix("s3://")).parent.mkdir(parents=True, exist_ok=True)
+    child = subprocess.Popen(task["command"], start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(child.pid, signal.SIGTERM))  # as Argo's own launcher does
+    code = child.wait()
+    if code:
+        return code if code > 0 else 128 - code
+    for artifact in _artifacts(wanted):
+        bucket, _, prefix = artifact["uri"].removeprefix("s3://").partition("/")
+        top = Path("/s3") / bucket / prefix
+        for path in [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file()):
+            open_store(f"s3://{bucket}").put_file(path.relative_to(Path("/s3") / bucket).as_posix(), path)
+    bucket, _, key = task["result"].partition("/")
+    result = Path(wanted["outputFile"])
+    open_store(f"s3://{bucket}").put(key, result.read_bytes() if result.is_file() else b"{}")
+    return 0
+
+
+def _artifacts(part: dict) -> list[dict]:
+    return [a for found in part.get("artifacts", {}).values() for a in found["artifacts"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""The chart, rendered by real Helm engines over a matrix of values and checked object by object."""
+
+import base64
+import importlib.util
+import json
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from pipelines.adapt import read_settings
+from tests.cluster.charts import APIS, CASES, CHART, ROOT, SECRETS, pods, render, render_with_cli, tool
+
+VERSIONS = ["1.29", "1.30", "1.31", "1.32", "1.33", "1.34"]
+CUSTOM = ("serving.kserve.io", "monitoring.coreos.com", "kueue.x-k8s.io")
+HELM = tool("helm")
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, list[dict[str, Any]]]:
+    return {name: render(values) for name, values in CASES.items()}
+
+
+def named(objects: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
+    found = [o for o in objects if o["kind"] == kind and (not name or o["metadata"]["name"] == name)]
+    assert len(found) == 1, f"{len(found)} objects are {kind} {name}"
+    return found[0]
+
+
+def kinds(objects: list[dict[str, Any]]) -> set[str]:
+    return {o["kind"] for o in objects}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_objects_are_valid_in_kubernetes(rendered, version):
+    """Of all cases, objects that differ in more than their values' text are checked once: the schemas are slow."""
+    different = {
+        _shape(o): o for objects in rendered.values() for o in objects if not o["apiVersion"].startswith(CUSTOM)
+    }
+    assert len(different) > 30
+    for o in different.values():
+        kubernetes_validate.validate(o, version, strict=True)
+
+
+def _shape(value: Any) -> str:
+    """The keys of `value` and the kinds of what they hold; a kind's name counts as itself."""
+
+    def shape(v: Any, key: str = "") -> Any:
+        if isinstance(v, dict):
+            return {k: shape(inner, k) for k, inner in sorted(v.items())}
+        if isinstance(v, list):
+            return [shape(inner) for inner in v]
+        return v if key in ("kind", "apiVersion") else type(v).__name__
+
+    return json.dumps(shape(value))
+
+
+@every_case
+def test_no_two_objects_have_one_name(rendered, case):
+    names = [(o["kind"], o["metadata"].get("namespace", "feyntune"), o["metadata"]["name"]) for o in rendered[case]]
+    assert len(names) == len(set(names))
+
+
+@every_case
+def test_every_pod_is_restricted(rendered, case):
+    found = pods(rendered[case])
+    assert len(found) >= 3
+    for name, pod in found.items():
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert context["runAsUser"] > 0, name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers"}, name
+        allowed = {"emptyDir", "configMap", "secret", "projected", "persistentVolumeClaim"}
+        assert all(v.keys() - {"name"} <= allowed for v in pod.get("volumes", [])), name
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False, name
+            assert own["capabilities"] == {"drop": ["ALL"]}, name
+            assert own["readOnlyRootFilesystem"] is True, name
+            assert not own.keys() & {"privileged", "procMount", "runAsUser"}, name
+            assert all("hostPort" not in p for p in container.get("ports", [])), name
+
+
+@every_case
+def test_every_pod_has_limits_a_tag_and_its_ports_protocols(rendered, case):
+    for name, pod in pods(rendered[case]).items():
+        for container in pod["containers"]:
+            assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, name
+            assert "memory" in container["resources"]["limits"], name
+            assert container["image"].rpartition(":")[2] not in ("", "latest"), name
+            assert all(p["protocol"] == "TCP" for p in container.get("ports", [])), name
+    for o in rendered[case]:
+        if o["kind"] == "Service":
+            assert all(p["protocol"] == "TCP" for p in o["spec"]["ports"])
+
+
+@every_case
+def test_secret_values_are_in_secrets_and_nowhere_else(rendered, case):
+    hidden = [*SECRETS.values(), *(base64.b64encode(s.encode()).decode() for s in SECRETS.values())]
+    for o in rendered[case]:
+        text = json.dumps({**o, "data": None} if o["kind"] == "Secret" else o)
+        assert not [s for s in hidden if s in text], f"{o['kind']} {o['metadata']['name']}"
+
+
+def test_a_token_that_was_given_is_in_its_secret(rendered):
+    for namespace in ("feyntune", "kubeflow"):
+        found = [o for o in rendered["on an S3 server of one's own"]
+                 if o["kind"] == "Secret" and o["metadata"]["namespace"] == namespace]  # fmt: skip
+        data = {k: base64.b64decode(v).decode() for o in found for k, v in o["data"].items()}
+        assert data == {
+            "S3_ENDPOINT": "https://s3.example:9000",
+            "AWS_ACCESS_KEY_ID": SECRETS["access"],
+            "AWS_SECRET_ACCESS_KEY": SECRETS["secret"],
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "HF_TOKEN": SECRETS["token"],
+        }
+
+
+def test_drawn_keys_are_the_same_in_both_namespaces_and_new_for_each_installation(rendered):
+    first, second = ([o["data"] for o in objects if o["kind"] == "Secret"]
+                     for objects in (rendered["as it comes"], render({})))  # fmt: skip
+    assert first[0] == first[1]
+    assert first[0] != second[0]
+    assert len(base64.b64decode(first[0]["AWS_SECRET_ACCESS_KEY"])) == 40
+
+
+def test_secrets_of_ones_own_are_used_and_not_made(rendered):
+    objects = rendered["with Secrets of one's own"]
+    assert "Secret" not in kinds(objects)
+    job = next(spec for name, spec in pods(objects).items() if "bucket" in name)
+    assert job["containers"][0]["env"][1]["valueFrom"]["secretKeyRef"] == {
+        "name": "feyntune-s3",
+        "key": "AWS_ACCESS_KEY_ID",
+    }
+
+
+# Each right, and who needs it for what. A right that is not in this table is one too many.
+RIGHTS = {
+    "feyntune-namespace": ({("", "namespaces", "patch")}, "the Job that labels the release's namespace"),
+    "feyntune-upload": (
+        {
+            ("pipelines.kubeflow.org", r, v)
+            for r in ("pipelines", "pipelines/versions")
+            for v in ("get", "list", "create")
+        },
+        "the Job that puts the pipelines into a multi-user Kubeflow",
+    ),
+}
+
+
+@every_case
+def test_rights_are_those_that_somebody_needs(rendered, case):
+    objects = rendered[case]
+    assert not kinds(objects) & {"ClusterRole", "ClusterRoleBinding"}
+    running = {pod.get("serviceAccountName") for pod in pods(objects).values()}
+    for role in (o for o in objects if o["kind"] == "Role"):
+        name = role["metadata"]["name"]
+        given = set()
+        for rule in role["rules"]:
+            given |= {(g, r, v) for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+        assert given == RIGHTS[name][0]
+        assert name in running, f"nobody runs as {name}"
+        binding = named(objects, "RoleBinding", name)
+        assert binding["roleRef"]["name"] == name
+        assert [s["name"] for s in binding["subjects"]] == [name]
+    if "Role" in kinds(objects) and case == "as it comes":
+        assert named(objects, "Role")["rules"][0]["resourceNames"] == ["feyntune"]
+
+
+@every_case
+def test_pods_have_an_account_of_the_chart_and_no_token_they_do_not_need(rendered, case):
+    objects = rendered[case]
+    accounts = {o["metadata"]["name"] for o in objects if o["kind"] == "ServiceAccount"}
+    for name, pod in pods(objects).items():
+        assert pod["serviceAccountName"] in accounts, name
+        assert pod["automountServiceAccountToken"] is (name == "Job feyntune-namespace"), name
+
+
+@every_case
+def test_what_a_pod_mounts_is_a_volume_it_has(rendered, case):
+    for name, pod in pods(rendered[case]).items():
+        volumes = {v["name"] for v in pod.get("volumes", [])}
+        mounts = [m for c in pod["containers"] for m in c.get("volumeMounts", [])]
+        assert {m["name"] for m in mounts} == volumes, name
+        assert "/tmp" in {m["mountPath"] for m in mounts} or "pushgateway" in name, name
+
+
+@every_case
+def test_selectors_select_the_pods_they_mean(rendered, case):
+    labels = {}
+    for o in rendered[case]:
+        if o["kind"] in ("Deployment", "StatefulSet"):
+            labels[o["metadata"]["name"]] = o["spec"]["template"]["metadata"]["labels"]
+            assert o["spec"]["selector"]["matchLabels"].items() <= labels[o["metadata"]["name"]].items()
+        elif o["kind"] == "InferenceService":  # KServe gives its labels to the pods
+            labels[o["metadata"]["name"]] = o["metadata"]["labels"]
+    for o in rendered[case]:
+        if o["kind"] in ("Service", "PodDisruptionBudget"):
+            selector = o["spec"]["selector"]
+            selector = selector.get("matchLabels", selector)
+            assert sum(selector.items() <= found.items() for found in labels.values()) == 1, o["metadata"]["name"]
+
+
+def test_network_policies_deny_first_and_leave_every_pod_its_doors(rendered):
+    objects = rendered["with everything"]
+    policies = {o["metadata"]["name"]: o["spec"] for o in objects if o["kind"] == "NetworkPolicy"}
+    deny = policies["feyntune-default"]
+    assert deny["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in deny
+    assert deny["egress"] == [{"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}]
+    for o in objects:
+        if o["kind"] in ("Pod", "InferenceService", "Deployment", "StatefulSet", "Job"):
+            template = o["spec"].get("template", o)
+            found = template["metadata"]["labels"]
+            assert deny["podSelector"]["matchLabels"].items() <= found.items(), o["metadata"]["name"]
+            component = found["app.kubernetes.io/component"]
+            doors = [n for n, p in policies.items() if component in json.dumps(p["podSelector"])]
+            assert doors, f"{o['metadata']['name']} can reach nothing"
+
+
+def test_network_policies_open_the_port_of_an_external_store(rendered):
+    objects = rendered["on an S3 server of one's own"]
+    assert named(objects, "NetworkPolicy", "feyntune-to-store")["spec"]["egress"] == [
+        {"ports": [{"port": 9000, "protocol": "TCP"}]}
+    ]
+    plain = render(
+        {"objectStore": {"kind": "external", "endpoint": "https://s3.example", "credentials": {"existing": True}}}
+    )
+    assert named(plain, "NetworkPolicy", "feyntune-to-store")["spec"]["egress"][0]["ports"][0]["port"] == 443
+
+
+def test_standalone_runs_in_kubeflows_namespace_and_a_profile_in_its_own(rendered):
+    standalone, profile = rendered["as it comes"], rendered["in a Kubeflow profile"]
+    assert {o["metadata"]["namespace"] for o in standalone if o["kind"] == "Secret"} == {"feyntune", "kubeflow"}
+    assert {o["metadata"]["namespace"] for o in profile if o["kind"] == "Secret"} == {"feyntune"}
+    job = pods(profile)["Job feyntune-upload"]
+    assert "--namespace=feyntune" in job["containers"][0]["args"]
+    token = next(v for v in job["volumes"] if v["name"] == "token")
+    assert token["projected"]["sources"][0]["serviceAccountToken"]["audience"] == "pipelines.kubeflow.org"
+    launcher = named(profile, "ConfigMap", "kfp-launcher")["data"]
+    assert launcher["defaultPipelineRoot"] == "s3://feyntune/kubeflow"
+    s3 = yaml.safe_load(launcher["providers"])["s3"]["default"]
+    assert (s3["endpoint"], s3["disableSSL"]) == ("feyntune-store.feyntune.svc:8333", True)
+    assert not [a for a in pods(standalone)["Job feyntune-upload"]["containers"][0]["args"] if "namespace" in a]
+
+
+def test_the_upload_reads_settings_that_the_project_reads(rendered, tmp_path):
+    config = named(rendered["with everything"], "ConfigMap", "feyntune-pipelines")
+    (tmp_path / "settings.yaml").write_text(config["data"]["settings.yaml"])
+    settings = read_settings(tmp_path / "settings.yaml")
+    assert (settings.images, settings.tag, settings.queue) == ("registry.example/team", "1.2.3", "feyntune")
+    assert settings.defaults["registry"] == "s3://feyntune/registry"
+    assert settings.pullSecrets == ["login"]
+
+
+def test_the_uploaded_version_changes_with_the_settings_and_only_then(rendered):
+    def version(objects):
+        return next(a for a in pods(objects)["Job feyntune-upload"]["containers"][0]["args"] if "--version" in a)
+
+    assert version(rendered["as it comes"]).startswith("--version=0.1.0-")
+    assert version(rendered["as it comes"]) == version(render({"serving": {"replicas": 2}}))
+    assert version(rendered["as it comes"]) != version(render({"objectStore": {"bucket": "other"}}))
+
+
+def test_the_bucket_job_changes_its_name_with_what_it_does(rendered):
+    def name(objects):
+        return next(n for n in pods(objects) if "bucket" in n)
+
+    assert name(rendered["as it comes"]) == name(render({"serving": {"replicas": 2}}))
+    assert name(rendered["as it comes"]) != name(render({"images": {"tag": "9"}}))
+
+
+def test_gpus_come_with_selector_toleration_and_the_cuda_image(rendered):
+    with_gpus, without = rendered["on GPUs without KServe"], rendered["without GPUs or KServe"]
+    pod = pods(with_gpus)["Deployment feyntune-predictor"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["containers"][0]["image"].endswith("-cuda")
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-tesla-a100"}
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert named(with_gpus, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+    pod = pods(without)["Deployment feyntune-predictor"]
+    assert not pod.keys() & {"nodeSelector", "tolerations"}
+    assert not pod["containers"][0]["image"].endswith("-cuda")
+    assert "nvidia.com/gpu" not in json.dumps(pod)
+
+
+def test_several_replicas_are_kept_from_going_at_once(rendered):
+    assert "PodDisruptionBudget" not in kinds(rendered["as it comes"])
+    budget = named(rendered["without GPUs or KServe"], "PodDisruptionBudget")
+    assert budget["apiVersion"] == "policy/v1"
+
+
+def test_volumes_and_drawn_keys_stay_unless_told_otherwise(rendered):
+    keep = {"helm.sh/resource-policy": "keep"}
+    kept = named(rendered["as it comes"], "PersistentVolumeClaim")
+    assert kept["metadata"]["annotations"].items() >= keep.items()
+    assert all(o["metadata"]["annotations"] == keep for o in rendered["as it comes"] if o["kind"] == "Secret")
+    given_up = named(rendered["with the least"], "PersistentVolumeClaim")
+    assert "annotations" not in given_up["metadata"]
+    assert given_up["spec"]["storageClassName"] == "fast"
+    assert "PersistentVolumeClaim" not in kinds(rendered["with a queue and a volume of one's own"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "values", "says"),
+    [
+        ("kubeflow.org/v1beta1", {}, "set kubeflow.enabled=false"),
+        ("serving.kserve.io/v1beta1", {}, "set serving.kind=Deployment"),
+        ("monitoring.coreos.com/v1", {"monitoring": {"enabled": "always"}}, "leave monitoring.enabled=auto"),
+        ("kueue.x-k8s.io/v1beta1", {"kueue": {"enabled": True}}, "set kueue.enabled=false"),
+    ],
+)
+def test_a_missing_prerequisite_is_said_in_one_sentence(missing, values, says):
+    with pytest.raises(helm_python.HelmError, match=says):
+        render(values, [api for api in APIS if api != missing])
+
+
+def test_without_the_prometheus_operator_monitoring_is_left_out():
+    objects = render({}, ["kubeflow.org/v1beta1", "serving.kserve.io/v1beta1"])
+    assert not kinds(objects) & {"PrometheusRule", "PodMonitor", "ServiceMonitor"}
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"servng": {}}, "servng"),
+        ({"serving": {"gpu": 1}}, "gpu"),
+        ({"serving": {"kind": "Knative"}}, "kind"),
+        ({"serving": {"canaryShare": 2}}, "canaryShare"),
+        ({"serving": {"replicas": "three"}}, "replicas"),
+        ({"serving": {"base": "llama"}}, "base"),
+        ({"serving": {"resources": {"limits": {"memory": "lots"}}}}, "memory"),
+        ({"objectStore": {"kind": "gcs"}}, "kind"),
+        ({"objectStore": {"endpoint": "s3.example:9000"}}, "endpoint"),
+        ({"objectStore": {"bucket": "Feyn_Tune"}}, "bucket"),
+        ({"objectStore": {"credentials": {"secretKey": "short"}}}, "secretKey"),
+        ({"objectStore": {"persistence": {"size": "big"}}}, "size"),
+        ({"kubeflow": {"mode": "multi"}}, "mode"),
+        ({"kubeflow": {"devices": 0}}, "devices"),
+        ({"images": {"pullPolicy": "Sometimes"}}, "pullPolicy"),
+        ({"images": {"prefix": "Registry Example"}}, "prefix"),
+        ({"accelerator": {"tolerations": [{"operator": "Maybe"}]}}, "operator"),
+        ({"networkPolicy": {"servingFrom": [{"podselector": {}}]}}, "podselector"),
+        ({"monitoring": {"enabled": True}}, "enabled"),
+        ({"pushgateway": {"image": "prom/pushgateway"}}, "image"),
+    ],
+)
+def test_a_misspelt_or_impossible_value_is_refused_by_name(values, names):
+    with pytest.raises(helm_python.HelmValuesError, match=names):
+        render(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"objectStore": {"kind": "external", "credentials": {"existing": True}}}, "objectStore.endpoint is empty"),
+        ({"objectStore": {"kind": "external", "endpoint": "https://s3.example"}}, "create the Secret feyntune-s3"),
+        ({"objectStore": {"kind": "minio"}}, "objectStore.minio.image is empty"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused_with_the_fix(values, says):
+    with pytest.raises(helm_python.HelmError, match=says):
+        render(values)
+
+
+def test_every_object_of_the_schema_refuses_unknown_keys():
+    def walk(schema, path):
+        if schema.get("type") == "object" and "properties" in schema:
+            assert schema["additionalProperties"] is False, path
+        for key, inner in schema.get("properties", {}).items():
+            walk(inner, [*path, key])
+
+    walk(json.loads((CHART / "values.schema.json").read_text()), [])
+
+
+def test_the_readme_is_made_from_the_values_comments():
+    spec = importlib.util.spec_from_file_location("chart_readme", ROOT / "charts" / "readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    made = readme.document((CHART / "values.yaml").read_text())
+    assert (CHART / "README.md").read_text() == made, "run python charts/readme.py"
+
+
+def test_helm_finds_nothing_to_say():
+    report = helm_python.lint(CHART, {"assumeAPIs": APIS}, strict=True)
+    assert not report["errors"]
+    assert not [m for m in report["messages"] if m["severity"] >= 2]
+
+
+@pytest.mark.skipif(HELM is None, reason="there is no helm command on PATH")
+@every_case
+def test_the_helm_command_renders_the_same_objects(rendered, case, tmp_path):
+    """Helm 3.6 where CI installs it; objects whose names hash their text are compared without."""
+    assert HELM is not None
+    made = render_with_cli(HELM, CASES[case], tmp_path)
+    assert sorted((o["kind"], o["metadata"]["name"]) for o in made) == sorted(
+        (o["kind"], o["metadata"]["name"]) for o in rendered[case]
+    )
