@@ -2,6 +2,8 @@
 # make test   make the environment, check the code and run every test that needs no cluster
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# A run is a dozen short processes: without bytecode each would compile thousands of modules again.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .PHONY: run test test-fast test-cluster lint format env lock compile clean

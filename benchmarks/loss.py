@@ -1,6 +1,6 @@
-"""Cross-entropy through a frozen head of 128,256 words: the engine's chunked loss against plain logits.
+"""Cross-entropy through a frozen head of 128,256 words: the engine's loss against plain logits.
 
-    python -m benchmarks.loss [--tokens 2048] [--hidden 512] [--words 128256] [--chunks 64,128,256] [--json]
+    python -m benchmarks.loss [--tokens 2048] [--hidden 512] [--words 128256] [--at-once 512,1024,4096] [--json]
 
 Peak memory is the growth of a forked process's largest resident set; time is process CPU time on one thread.
 """
@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from components.train.loss import frozen_head_loss
+from components.train.loss import WORDS, frozen_head_loss
 
 
-def measure(kind: str, tokens: int, hidden: int, words: int, chunk: int = 128) -> tuple[float, int, float, float]:
+def measure(kind: str, tokens: int, hidden: int, words: int, at_once: int = WORDS) -> tuple[float, int, float, float]:
     """(CPU seconds, bytes above the inputs, loss, norm of the gradient) of one forward and backward, in a fork."""
 
     def run() -> tuple[float, int, float, float]:
@@ -32,7 +32,7 @@ def measure(kind: str, tokens: int, hidden: int, words: int, chunk: int = 128) -
         if kind == "plain":
             loss = F.cross_entropy(head(states), labels, reduction="sum") / tokens
         else:
-            loss = frozen_head_loss(states, head, labels, chunk) / tokens
+            loss = frozen_head_loss(states, head, labels, at_once) / tokens
         loss.backward()
         seconds = time.process_time() - started
         assert states.grad is not None
@@ -41,8 +41,8 @@ def measure(kind: str, tokens: int, hidden: int, words: int, chunk: int = 128) -
     return _in_fork(run)
 
 
-def peak_bytes(kind: str, tokens: int, hidden: int, words: int, chunk: int = 128) -> int:
-    return measure(kind, tokens, hidden, words, chunk)[1]
+def peak_bytes(kind: str, tokens: int, hidden: int, words: int, at_once: int = WORDS) -> int:
+    return measure(kind, tokens, hidden, words, at_once)[1]
 
 
 def _reset_peak() -> None:
@@ -80,19 +80,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--words", type=int, default=128_256)
-    parser.add_argument("--chunks", default="64,128,256")
+    parser.add_argument("--at-once", default=f"{WORDS},512,4096", help="words whose logits exist at once")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     from components.train.train import hardware
 
     sizes = (args.tokens, args.hidden, args.words)
-    chunks = [int(c) for c in args.chunks.split(",")]
+    settings = [int(n) for n in args.at_once.split(",")]
     runs: dict[str, list[tuple[float, int, float, float]]] = {}
     for _ in range(args.rounds):
         runs.setdefault("plain", []).append(measure("plain", *sizes))
-        for chunk in chunks:
-            runs.setdefault(f"chunk {chunk}", []).append(measure("chunked", *sizes, chunk))
+        for at_once in settings:
+            runs.setdefault(f"{at_once} words", []).append(measure("walk", *sizes, at_once))
     rows = {}
     for name, found in runs.items():
         middle = sorted(found)[len(found) // 2]
@@ -101,10 +101,10 @@ def main() -> None:
             "peak_mib": round(middle[1] / 2**20, 1),
             "loss": middle[2],
             "gradient_norm": middle[3],
-            "times_less_memory": round(found[0][1] and runs["plain"][0][1] / middle[1], 1),
+            "times_less_memory": round(runs["plain"][0][1] / middle[1], 1),
             "times_faster": round(sorted(runs["plain"])[len(found) // 2][0] / middle[0], 2),
         }
-    best = f"chunk {chunks[0]}"
+    best = f"{settings[0]} words"
     result = {
         "benchmark": "loss",
         "hardware": hardware(torch.device("cpu")),

@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     threads: PositiveInt | None = None  # CPU threads of a process; None: torch's choice, 1 if deterministic
     micro_batch_tokens: PositiveInt | None = None  # most tokens computed at once; None: chosen for the device
     checkpoint_layers: Literal["auto"] | NonNegativeInt = "auto"  # layers that recompute instead of remember
-    loss_chunk: PositiveInt | None = None  # tokens whose logits exist at once; None: 128 on a CPU, 1024 on a GPU
+    loss_words: PositiveInt | None = None  # of the vocabulary at once in the loss; None: 1024 on a CPU, 8192 on a GPU
     save_every_steps: PositiveInt | None = None  # checkpoint after so many steps
     save_every_seconds: PositiveFloat | None = 300  # checkpoint when so much time has passed
     save_deadline: PositiveFloat = 30  # seconds a checkpoint may take after SIGTERM
@@ -88,7 +88,7 @@ _HOW = {
     "threads",
     "micro_batch_tokens",
     "checkpoint_layers",
-    "loss_chunk",
+    "loss_words",
     "save_every_steps",
     "save_every_seconds",
     "save_deadline",

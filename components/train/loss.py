@@ -5,21 +5,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+WORDS = 1024  # of the vocabulary at once, on a CPU: their weights stay in its cache from one product to the next
+
 
 def frozen_head_loss(
-    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, chunk: int = 128
+    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, words: int = WORDS
 ) -> torch.Tensor:
     """Sum of the cross-entropy of `head(hidden)` against `labels`, in nats, in fp32.
 
-    The head does not learn, so the one gradient wanted is that of the hidden states: softmax minus one-hot, times
-    the weight. It is formed chunk by chunk in the forward pass, while a chunk's logits exist, and the logits are
-    never needed again. Memory is 2 x chunk x vocabulary x 4 bytes instead of 3 x tokens x vocabulary x 4.
-    (The idea of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989 §3.2, less the weight's gradient.)
+    The head does not learn, so the one gradient wanted is that of the hidden states: softmax times the weight, minus
+    the label's own row of it. Both the softmax's sum and that product are gathered in one walk through the
+    vocabulary, some words at a time, in the way FlashAttention walks through keys: a running maximum, and what was
+    gathered so far rescaled when it rises (arXiv 2205.14135 §3.1). So the weight is read once, the logits are never
+    needed again, and memory is tokens x words x 4 bytes instead of 3 x tokens x vocabulary x 4.
 
     Args:
         hidden: [tokens, hidden].
         labels: [tokens], all real: leave out the tokens that predict nothing.
-        chunk: tokens whose logits exist at once.
+        words: of the vocabulary whose logits exist at once.
 
     Raises:
         ValueError: the head learns (it would get no gradient), or is not a plain linear layer.
@@ -29,12 +32,8 @@ def frozen_head_loss(
     if any(p.requires_grad for p in head.parameters()):
         raise ValueError("frozen_head_loss gives the output head no gradient: freeze it, or use cross_entropy")
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk)
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for i in range(0, len(hidden), chunk):
-        logits = _logits(hidden, head.weight, head.bias, i, chunk)
-        total += F.cross_entropy(logits, labels[i : i + chunk], reduction="sum")
-    return total
+        return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, words)
+    return _walk(hidden.detach(), head.weight, head.bias, labels, words, None)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -45,20 +44,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        chunk: int,
+        words: int,
     ) -> torch.Tensor:
-        gradient = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for i in range(0, len(hidden), chunk):
-            logits = _logits(hidden, weight, bias, i, chunk)
-            target = labels[i : i + chunk, None]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
-            logits.sub_(log_sum).exp_()  # now the softmax
-            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-            with torch.autocast(hidden.device.type, enabled=False):
-                gradient[i : i + chunk] = logits.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
+        gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        total = _walk(hidden, weight, bias, labels, words, gradient)
+        ctx.save_for_backward(gradient.to(hidden.dtype))
         return total
 
     @staticmethod
@@ -67,9 +57,38 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * outputs[0].to(gradient.dtype), None, None, None, None
 
 
-def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: int, chunk: int
+def _walk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    words: int,
+    gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[chunk, vocabulary] in fp32, from a product in the weight's own precision."""
+    """The summed loss; `gradient` ([tokens, hidden], fp32 zeros), if given, becomes the hidden states'.
+
+    Products are made in the weight's own precision, everything else in fp32.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden[start : start + chunk].to(weight.dtype), weight, bias).float()
+        hidden, label = hidden.to(weight.dtype), labels[:, None]
+        column = lambda value: torch.full(label.shape, value, dtype=torch.float32, device=hidden.device)
+        top, total, own = column(float("-inf")), column(0.0), column(0.0)
+        for first in range(0, len(weight), words):
+            part = weight[first : first + words]
+            logits = F.linear(hidden, part, None if bias is None else bias[first : first + words]).float()
+            place = label - first
+            inside = (place >= 0) & (place < len(part))
+            own = torch.where(inside, logits.gather(1, place.clamp(0, len(part) - 1)), own)
+            higher = torch.maximum(top, logits.amax(1, keepdim=True))
+            shrink, top = (top - higher).exp_(), higher
+            logits.sub_(top).exp_()
+            total.mul_(shrink).add_(logits.sum(1, keepdim=True))
+            if gradient is not None:
+                gradient.mul_(shrink)
+                if weight.dtype == torch.float32:
+                    gradient.addmm_(logits, part)
+                else:
+                    gradient += logits.to(weight.dtype) @ part
+        if gradient is not None:
+            gradient.div_(total).sub_(weight[labels])
+        return (top + total.log() - own).sum()

@@ -13,6 +13,7 @@ import torch
 from components.common.errors import UserError
 from components.train.config import TARGETS, TrainConfig
 
+GPU_WORDS = 8192  # of the vocabulary at once in the loss
 GPU_TOKENS = 8192  # at once: more than any batch of 16 abstracts holds
 CPU_TOKENS = 1024  # a working set that fits a CPU's caches is faster than a larger one
 LEAST_TOKENS = 1024
@@ -119,13 +120,13 @@ def layer_bytes(shape: Shape, method: str, dropout: float, precision: str) -> fl
     return kept
 
 
-def step_bytes(shape: Shape, method: str, config: TrainConfig, tokens: int, layers: int, chunk: int = 1024) -> float:
+def step_bytes(shape: Shape, method: str, config: TrainConfig, tokens: int, layers: int) -> float:
     """What a device needs at the peak of a step of `tokens` tokens with `layers` layers recomputing."""
     value = 4 if config.precision == "fp32" else 2
     one = layer_bytes(shape, method, config.dropout, config.precision) * tokens
     activations = (shape.layers - layers) * one + layers * shape.hidden * value * tokens + (one if layers else 0)
     dequantised = max(a * b for a, b in shape.projections.values()) * 2 if config.precision == "nf4" else 0
-    logits = 2 * chunk * shape.vocabulary * 4 + 2 * tokens * shape.hidden * value
+    logits = tokens * (config.loss_words or GPU_WORDS) * (4 + value) + tokens * shape.hidden * (4 + value)
     learned = adapter_parameters(shape, method, config.rank) * 4 * 4  # weights, gradient, two moments in fp32
     return base_bytes(shape, config.precision) + learned + activations + dequantised + logits + _RESERVED
 
@@ -141,7 +142,7 @@ def plan(shape: Shape, method: str, config: TrainConfig, memory: float) -> Memor
     given = None if config.checkpoint_layers == "auto" else min(config.checkpoint_layers, shape.layers)
     while True:
         for layers in range(shape.layers + 1) if given is None else (given,):
-            needed = step_bytes(shape, method, config, tokens, layers, config.loss_chunk or 1024)
+            needed = step_bytes(shape, method, config, tokens, layers)
             if needed <= usable:
                 return MemoryPlan(layers, tokens, needed)
         if config.micro_batch_tokens or tokens // 2 < LEAST_TOKENS:

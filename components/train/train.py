@@ -44,8 +44,8 @@ from components.train.batches import Document, divide, documents, global_batch, 
 from components.train.checkpoints import Checkpoints, State
 from components.train.config import TARGETS, TrainConfig, adapter_config
 from components.train.dropout import DropoutSeeds, document_seeds, use_document_dropout
-from components.train.loss import frozen_head_loss
-from components.train.memory import plan_memory
+from components.train.loss import WORDS, frozen_head_loss
+from components.train.memory import GPU_WORDS, plan_memory
 from components.train.metrics import Metrics
 
 PATIENCE = 8  # tries of a request to the store: two minutes, so a store may be away for one
@@ -370,7 +370,7 @@ class _Compute:
     seed: int
     slots: int | None  # of deterministic mode
     tokens: int  # most tokens at once
-    chunk: int  # tokens whose logits exist at once
+    words: int  # of the vocabulary whose logits exist at once
     autocast: bool  # bf16 products of fp32 adapters
     checkpointed: int  # layers
 
@@ -381,7 +381,7 @@ class _Compute:
             hidden = hidden_states(self.model, packed)
         labels = packed.labels[0]
         real = labels != IGNORE
-        return frozen_head_loss(hidden[real], head(self.model), labels[real], self.chunk)
+        return frozen_head_loss(hidden[real], head(self.model), labels[real], self.words)
 
 
 def _compute(model: PeftModel, method: str, config: TrainConfig, ranks: _Ranks, seeds: DropoutSeeds) -> _Compute:
@@ -401,7 +401,7 @@ def _compute(model: PeftModel, method: str, config: TrainConfig, ranks: _Ranks, 
         seed=config.seed,
         slots=config.slots if config.deterministic else None,
         tokens=plan.tokens,
-        chunk=config.loss_chunk or (1024 if cuda else 128),
+        words=config.loss_words or (GPU_WORDS if cuda else WORDS),
         autocast=config.precision == "bf16" or (cuda and config.precision == "nf4"),
         checkpointed=plan.layers,
     )

@@ -80,7 +80,7 @@ def test_same_seed_same_bytes_and_nothing_of_the_machine_in_the_files(job, tiny_
 
 def test_checkpointed_layers_and_small_micro_batches_change_nothing(job):
     train(**job(out="plain"))
-    train(**job(out="frugal", checkpoint_layers=1, micro_batch_tokens=100, loss_chunk=7))
+    train(**job(out="frugal", checkpoint_layers=1, micro_batch_tokens=100, loss_words=7))
     assert curve(job(out="plain")["out"])["loss"] == pytest.approx(curve(job(out="frugal")["out"])["loss"], abs=1e-5)
 
 
