@@ -20,7 +20,7 @@ from components.common.errors import UserError
 from components.ingest.fields import BadRecord, Row, Wanted, make_paper
 from components.ingest.tally import OTHER_CATEGORY, Tally
 
-_BLOCK = 1 << 19  # bytes read at a time
+_BLOCK = 1 << 18  # bytes read at a time: they stay in the cache
 _SPELLINGS = 100_000  # of `categories` remembered
 _LONGEST_LINE = 1 << 24  # bytes; what is longer is no record, and would be held in memory whole
 
@@ -174,16 +174,8 @@ def _may_take(value: bytes, wanted: Wanted) -> bool:
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
     """The file in blocks that end where a line ends. A line longer than _LONGEST_LINE is cut."""
-    rest = b""
     while block := file.read(_BLOCK):
-        cut = block.rfind(b"\n") + 1
-        if not cut and len(rest) < _LONGEST_LINE:
-            rest += block
-            continue
-        yield rest + block[:cut]
-        rest = block[cut:]
-    if rest:
-        yield rest
+        yield block if block.endswith(b"\n") else block + file.readline(_LONGEST_LINE)
 
 
 @contextmanager
