@@ -87,7 +87,11 @@ class Engine:
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.config = TrainConfig(
-            precision=args.precision, dropout=args.dropout, checkpoint_layers=args.checkpoint_layers, learning_rate=3e-4
+            precision=args.precision,
+            dropout=args.dropout,
+            checkpoint_layers=args.checkpoint_layers,
+            learning_rate=3e-4,
+            compile=args.compile,
         )
         self.ranks = engine._Ranks(0, 1, torch.device(args.device))
         base = load_base(str(folder), args.precision, self.ranks.device)
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--shape-8b", action="store_true", help="the shape of Llama-3.1-8B")
     parser.add_argument("--recompute", action="store_true", help="all layers, on both sides")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in the engine (not in the usual recipe)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.checkpoint_layers = "auto"
@@ -257,6 +262,7 @@ def main() -> None:
         "precision": args.precision,
         "method": args.method,
         "dropout": args.dropout,
+        "compile": args.compile,
         "attention": kernel(args.device),
         "checkpointed_layers": ours.compute.checkpointed,
         "padded_over_useful": round(padded, 3),

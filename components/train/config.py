@@ -55,6 +55,7 @@ class TrainConfig(BaseModel):
     threads: PositiveInt | None = None  # CPU threads of a process; None: torch's choice, 1 if deterministic
     micro_batch_tokens: PositiveInt | None = None  # most tokens computed at once; None: chosen for the device
     checkpoint_layers: Literal["auto"] | NonNegativeInt = "auto"  # layers that recompute instead of remember
+    compile: bool = False  # norms and MLPs by torch.compile: a minute first, then a few percent (see README)
     loss_words: PositiveInt | None = None  # of the vocabulary at once in the loss; None: 1024 on a CPU, 8192 on a GPU
     save_every_steps: PositiveInt | None = None  # checkpoint after so many steps
     save_every_seconds: PositiveFloat | None = 300  # checkpoint when so much time has passed
@@ -73,6 +74,11 @@ class TrainConfig(BaseModel):
                 "deterministic training runs on CPUs only, because the backward pass of GPU attention adds in no "
                 "fixed order: leave deterministic off"
             )
+        if self.deterministic and self.compile:
+            raise ValueError(
+                "deterministic training runs the same kernels everywhere, which torch.compile chooses for each "
+                "machine: leave one of the two off"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
         return self
@@ -88,6 +94,7 @@ _HOW = {
     "threads",
     "micro_batch_tokens",
     "checkpoint_layers",
+    "compile",
     "loss_words",
     "save_every_steps",
     "save_every_seconds",

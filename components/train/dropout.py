@@ -32,6 +32,7 @@ class DocumentDropout(torch.nn.Module):
         self.p, self.layer, self.seeds = p, layer, seeds
         self.threshold = round(p * 2**16) - 2**15
 
+    @torch.compiler.disable  # its seeds change with every document: it would be compiled anew each time
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., tokens, features] of packed documents, as long as the lengths that were set."""
         if not self.training:

@@ -36,7 +36,7 @@ from components.common.base import pin_base, split_pin
 from components.common.errors import Interrupted, UserError
 from components.common.models import check_fit, load_base, load_tokenizer
 from components.common.names import METHODS
-from components.common.packed import IGNORE, Packed, budgeted, head, hidden_states, kernel, pack
+from components.common.packed import IGNORE, Packed, backbone, budgeted, head, hidden_states, kernel, pack
 from components.common.sealed import Manifest, open_sealed, seal, sha256_json
 from components.common.store import open_store, push
 from components.common.telemetry import log, progress
@@ -394,6 +394,10 @@ def _compute(model: PeftModel, method: str, config: TrainConfig, ranks: _Ranks, 
         layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, "self_attn")]
         for layer in layers[plan.layers :]:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
+    if config.compile:
+        for layer in backbone(model).layers:  # type: ignore[union-attr]
+            for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):  # type: ignore[union-attr]
+                part.compile(dynamic=True)  # type: ignore[operator,union-attr]
     return _Compute(
         model=model,
         device=ranks.device,

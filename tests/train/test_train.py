@@ -84,6 +84,14 @@ def test_checkpointed_layers_and_small_micro_batches_change_nothing(job):
     assert curve(job(out="plain")["out"])["loss"] == pytest.approx(curve(job(out="frugal")["out"])["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(job):
+    train(**job(out="plain", steps=3))
+    train(**job(out="compiled", steps=3, compile=True))
+    assert curve(job(out="compiled")["out"])["loss"] == pytest.approx(curve(job(out="plain")["out"])["loss"], abs=1e-5)
+    assert open_sealed(job(out="compiled")["out"], "adapter").facts["settings"]["compile"] is True
+
+
 def test_the_steps_are_those_of_the_paper(job):
     made = job(epochs=3, batch=20)  # 48 papers: 3 batches an epoch, the last of 8
     train(**made)
