@@ -15,11 +15,12 @@ def preflight(
     devices: int,
     store: str,
     registry: str,
+    serving: dict,
 ) -> NamedTuple("Pinned", variants=list[str], base=str, fingerprint=str, code=str):  # type: ignore[misc,valid-type]
     """Fail in seconds on what would fail after hours; pin the base, the source and the code."""
     from pipelines.preflight import preflight
 
-    return preflight(source, [variant] if variant else variants, base, recipe, devices, store, registry)
+    return preflight(source, [variant] if variant else variants, base, recipe, devices, store, registry, serving)
 
 
 @dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)

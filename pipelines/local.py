@@ -58,12 +58,14 @@ def run(
     base: str | None = None,
     recipe: dict[str, Any] | None = None,
     devices: int = 1,
+    serving: dict[str, Any] | None = None,
 ) -> Path:
     """Run the suite over `source` for `variants`; returns the run's folder.
 
     Args:
         base: a base model; the tiny one, made on the spot, by default.
         recipe: settings of training and evaluation (`{"train": {…}, "evaluate": {…}}`).
+        serving: what to deploy at the end (fields of components.register.deploy.ServingSpec); nothing by default.
 
     Raises:
         UserError: bad input, found before anything expensive starts.
@@ -88,6 +90,7 @@ def run(
             "devices": devices,
             "store": (workdir / "store").as_uri(),
             "registry": (workdir / "registry").as_uri(),
+            "serving": serving or {},
         }
         steps = workdir / "steps"
         before = _runs_in(steps)

@@ -36,12 +36,13 @@ def preflight(
     devices: int,
     store: str,
     registry: str,
+    serving: dict[str, Any] | None = None,
 ) -> Pinned:
     """Check everything a run needs, in seconds.
 
     Raises:
         UserError: an unknown variant or setting, a source that is not there, a base that cannot be found, a store
-            that cannot be written.
+            that cannot be written, a serving description that no endpoint can have.
     """
     setup()
     from components.evaluate.config import EvaluateConfig
@@ -57,6 +58,10 @@ def preflight(
     except ValidationError as e:
         first = e.errors()[0]
         raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
+    if serving:
+        from components.register.deploy import serving_of_run
+
+        serving_of_run(serving, base, registry)
     for address in dict.fromkeys((store, registry)):
         writable(address)
     pinned = Pinned(names, pin_base(base), source_fingerprint(source), code_digest())

@@ -1,7 +1,7 @@
 """The suite: every variant trained, evaluated, compared and registered.
 
     preflight -> ingest -> split -> [ todo -> train -> evaluate ] for base and each variant
-              -> compare -> register -> verdict
+              -> compare -> register -> deploy, verdict
 
 The branches are unrolled from variants.yaml, not looped over at run time: a cluster does not honour retries inside a
 loop. `todo` skips a branch that was not chosen or was finished by an earlier run. A branch that fails hands its
@@ -15,7 +15,7 @@ from kfp import dsl, kubernetes
 from components.common.names import BASE, slug
 from components.evaluate.component import compare, evaluate, evaluate_base
 from components.ingest.component import ingest
-from components.register.component import register
+from components.register.component import deploy, register
 from components.split.component import split
 from components.train.component import train
 from pipelines.glue import preflight, todo, verdict
@@ -49,8 +49,9 @@ def suite(flavour: Literal["gpu", "cpu"]) -> Any:
         devices: int = GPUS if flavour == "gpu" else 1,
         store: str = DEFAULT_STORE,
         registry: str = DEFAULT_REGISTRY,
+        serving: dict = {},  # noqa: B006
     ):
-        _steps(branches, source, until, categories, after, variants, base, recipe, devices, store, registry)
+        _steps(branches, source, until, categories, after, variants, base, recipe, devices, store, registry, serving)
 
     return pipeline
 
@@ -71,8 +72,9 @@ def variant(flavour: Literal["gpu", "cpu"]) -> Any:
         devices: int = GPUS if flavour == "gpu" else 1,
         store: str = DEFAULT_STORE,
         registry: str = DEFAULT_REGISTRY,
+        serving: dict = {},  # noqa: B006
     ):
-        _steps(branches, source, until, categories, after, [], base, recipe, devices, store, registry, variant)
+        _steps(branches, source, until, categories, after, [], base, recipe, devices, store, registry, serving, variant)
 
     return pipeline
 
@@ -89,6 +91,7 @@ def _steps(
     devices: Any,
     store: Any,
     registry: Any,
+    serving: Any,
     variant: Any = "",
 ) -> None:
     """The tasks of either pipeline; every argument is a pipeline parameter or a constant."""
@@ -101,6 +104,7 @@ def _steps(
         devices=devices,
         store=store,
         registry=registry,
+        serving=serving,
     )
     _cpu_step(pinned, hub=True).set_caching_options(False)
     pin = pinned.outputs
@@ -137,6 +141,8 @@ def _steps(
     _cpu_step(compared, memory="8Gi").set_caching_options(False)
     registered = register(comparison=compared.outputs["comparison"], store=store, registry=registry)
     _cpu_step(registered).set_caching_options(False)
+    served = deploy(champion=registered.outputs["Output"], base=pin["base"], registry=registry, serving=serving)
+    _cpu_step(served).set_caching_options(False)
     ended = verdict(comparison=compared.outputs["comparison"]).after(registered)
     _cpu_step(ended).set_caching_options(False)
 

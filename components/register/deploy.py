@@ -131,6 +131,17 @@ def parse_spec(value: dict[str, Any]) -> ServingSpec:
         raise UserError(f"Serving description: {where}: {error['msg']}.") from e
 
 
+def serving_of_run(serving: dict[str, Any], base: str, registry: str) -> ServingSpec:
+    """The description a pipeline run was given, with the run's own base and registry.
+
+    Raises:
+        UserError: a field is unknown, missing or impossible, or names another registry than the run's.
+    """
+    if serving.get("registry", registry) != registry:
+        raise UserError(f"Serving description: registry: leave it out, or give the run's own, {registry}.")
+    return parse_spec({"base": base, **serving, "registry": registry})
+
+
 def render(spec: ServingSpec, state: State) -> list[Object]:
     """The custom objects to apply, in order. The same description and registry give the same objects.
 

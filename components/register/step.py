@@ -1,12 +1,13 @@
-"""The register step of a suite: fetch the measured adapters from the store and register them."""
+"""The register step of a suite: register the measured adapters; and, behind the gate, deploy what is registered."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from components.common.branches import scratch
 from components.common.sealed import read_manifest, seal
 from components.common.store import open_store, pull
-from components.common.telemetry import setup
+from components.common.telemetry import log, setup
 from components.register.register import register
 
 
@@ -24,3 +25,20 @@ def register_branches(comparison: str, store: str, registry: str, out: str) -> s
     with seal(out, kind="registration", inputs={"comparison": read_manifest(comparison).digest}) as sealed:
         (sealed.path / "registration.json").write_text(registration.model_dump_json(indent=1))
     return registration.champion or ""
+
+
+def deploy_registry(champion: str, base: str, registry: str, serving: dict[str, Any]) -> str:
+    """Deploy `registry` as `serving` (fields of ServingSpec) says; returns the endpoint's address.
+
+    Nothing is deployed, and "" returned, without a description or while nothing has passed the gate.
+
+    Raises:
+        DeployError: it did not come to answer for every adapter, and was taken back.
+    """
+    setup()
+    if not serving or not champion:
+        log.info("nothing is deployed: %s", "nothing passed the gate" if serving else "no serving description is given")
+        return ""
+    from components.register.deploy import deploy, serving_of_run
+
+    return deploy(serving_of_run(serving, base, registry)).url

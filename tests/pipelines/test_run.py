@@ -103,5 +103,7 @@ def test_bad_input_is_refused_before_anything_starts(tiny_base: Path, tmp_path: 
     with pytest.raises(local.RunFailed, match=r"there is no file .*nowhere\.jsonl") as failed:
         local.run("kaggle:nowhere.jsonl", [GOOD], tmp_path, base=str(tiny_base))
     assert not failed.value.reported
+    with pytest.raises(local.RunFailed, match="namespace: Field required"):
+        local.run("synthetic:300", [GOOD], tmp_path, base=str(tiny_base), serving={"image": "feyntune/predictor"})
     with pytest.raises(local.RunFailed, match="epochz"):
         local.run("synthetic:300", [GOOD], tmp_path, base=str(tiny_base), recipe={"train": {"epochz": 1}})

@@ -16,6 +16,7 @@ from components.register.deploy import (
 )
 from components.register.register import register
 from components.register.registry import Registry
+from components.register.step import deploy_registry
 from tests.register.folders import make_adapter, make_comparison
 from tests.servers.kube import KubeServer
 
@@ -316,3 +317,42 @@ def test_an_interrupted_deployment_is_taken_back(kube, registry, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         go(kube, spec(registry))
     assert deployed(kube) == {}
+
+
+# --- the last step of a suite
+
+
+DESCRIPTION = {"namespace": "physics", "image": "feyntune/predictor:0.1.0", "s3_endpoint": "http://store.example:9000"}
+
+
+def test_a_run_deploys_what_it_registered_with_its_own_base(kube, registry, tmp_path, monkeypatch):
+    kube.ready_after = 0
+    (tmp_path / "config").write_text(
+        json.dumps(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "clusters": [{"name": "c", "cluster": {"server": kube.url}}],
+                "users": [{"name": "u", "user": {}}],
+                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+                "current-context": "x",
+            }
+        )
+    )
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    base = "s3://bucket/bases/llama@" + "a" * 64
+    assert deploy_registry(QKV, base, registry, DESCRIPTION) == f"{kube.url}/endpoint"
+    (runtime,) = (o for (kind, _), o in kube.objects.items() if kind == "servingruntimes")
+    assert f"--base={base}" in runtime["spec"]["containers"][0]["args"]
+    assert len(Registry.open(registry).snapshot().deployments) == 1
+
+
+def test_a_run_deploys_nothing_unasked_or_while_nothing_passed(registry):
+    assert deploy_registry(QKV, "s3://bucket/base", registry, {}) == ""
+    assert deploy_registry("", "s3://bucket/base", registry, DESCRIPTION) == ""
+    assert Registry.open(registry).snapshot().deployments == []
+
+
+def test_a_run_cannot_deploy_another_registry(registry):
+    with pytest.raises(UserError, match="registry: leave it out"):
+        deploy_registry(QKV, "s3://bucket/base", registry, {**DESCRIPTION, "registry": "s3://bucket/other"})
