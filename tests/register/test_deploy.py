@@ -189,13 +189,17 @@ def kube(registry):
         yield server
 
 
-def go(kube, wanted, **options):
+def api_client(kube):
     from kubernetes.client import ApiClient, Configuration
 
     configuration = Configuration()
     configuration.host = kube.url
     configuration.retries = False
-    return deploy(wanted, client=ApiClient(configuration), poll=0.01, **{"timeout": 20, **options})
+    return ApiClient(configuration)
+
+
+def go(kube, wanted, **options):
+    return deploy(wanted, client=api_client(kube), poll=0.01, **{"timeout": 20, **options})
 
 
 def test_a_deployment_answers_for_every_adapter_and_is_recorded(kube, registry):
@@ -325,21 +329,11 @@ def test_an_interrupted_deployment_is_taken_back(kube, registry, monkeypatch):
 DESCRIPTION = {"namespace": "physics", "image": "feyntune/predictor:0.1.0", "s3_endpoint": "http://store.example:9000"}
 
 
-def test_a_run_deploys_what_it_registered_with_its_own_base(kube, registry, tmp_path, monkeypatch):
+def test_a_run_deploys_what_it_registered_with_its_own_base(kube, registry, monkeypatch):
+    from components.register import deploy as room
+
     kube.ready_after = 0
-    (tmp_path / "config").write_text(
-        json.dumps(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "clusters": [{"name": "c", "cluster": {"server": kube.url}}],
-                "users": [{"name": "u", "user": {}}],
-                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-                "current-context": "x",
-            }
-        )
-    )
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.setattr(room, "_client", lambda: api_client(kube))
     base = "s3://bucket/bases/llama@" + "a" * 64
     assert deploy_registry(QKV, base, registry, DESCRIPTION) == f"{kube.url}/endpoint"
     (runtime,) = (o for (kind, _), o in kube.objects.items() if kind == "servingruntimes")
