@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: run test test-fast test-cluster lint format env lock compile clean
+.PHONY: run test test-fast test-cluster lint format env lock compile reference docs clean
 
 run: env
 	@$(BIN)/feyntune run
@@ -32,6 +32,13 @@ format: env
 
 compile: env
 	$(BIN)/feyntune compile
+
+reference: env
+	$(BIN)/python docs/reference.py
+	$(BIN)/python charts/readme.py
+
+docs: env
+	$(BIN)/mkdocs build --strict
 
 env: .venv/.ready
 

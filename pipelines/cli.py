@@ -1,8 +1,4 @@
-"""The `feyntune` command. Verbs mirror the rooms; each step can be used without Kubeflow.
-
-Exit codes: 0 done, 1 a fault, 2 bad input, 3 a branch of the run failed (the others are reported), 75 interrupted
-and saved (start again to go on).
-"""
+"""The `feyntune` command. Verbs mirror the rooms; each step can be used without Kubeflow. Exit codes: EXIT_CODES."""
 
 import json
 import sys
@@ -20,8 +16,19 @@ from components.common.errors import (
 )
 from components.common.telemetry import setup
 
+EXIT_CODES = {
+    0: "done",
+    1: "a fault, with its traceback; or `doctor` found something missing",
+    EXIT_BAD_INPUT: "bad input, said in one sentence",
+    EXIT_FAILED_BRANCH: "a branch of the run failed; the others are in the report",
+    EXIT_INTERRUPTED: "interrupted and saved: start again to go on",
+}
+
 app = typer.Typer(
-    help="From arXiv abstracts to a family of domain-adapted language models behind one endpoint.",
+    help="From arXiv abstracts to a family of domain-adapted language models behind one endpoint.\n\n"
+    "Begin with `feyntune run`; `feyntune doctor` says what is missing here.\n\nExit codes: "
+    + ". ".join(f"{code} is {meaning}" for code, meaning in EXIT_CODES.items())
+    + ".",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

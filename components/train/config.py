@@ -34,7 +34,7 @@ class TrainConfig(BaseModel):
     alpha: PositiveInt = 32  # the update is scaled by alpha / rank
     dropout: float = Field(0.05, ge=0, lt=1)  # on the input of each LoRA pair
     precision: Literal["nf4", "bf16", "fp32"] = "nf4"  # of the frozen base; adapters are fp32 while they learn
-    learning_rate: PositiveFloat = 3e-4
+    learning_rate: PositiveFloat = 3e-4  # at its highest, when the warm-up ends
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     epsilon: PositiveFloat = 1e-5  # of AdamW
     weight_decay: NonNegativeFloat = 0.1  # on every LoRA matrix
@@ -60,7 +60,7 @@ class TrainConfig(BaseModel):
     save_every_steps: PositiveInt | None = None  # checkpoint after so many steps
     save_every_seconds: PositiveFloat | None = 300  # checkpoint when so much time has passed
     save_deadline: PositiveFloat = 30  # seconds a checkpoint may take after SIGTERM
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 2  # the newest ones; older ones are deleted
 
     @model_validator(mode="after")
     def _combinations(self) -> "TrainConfig":
