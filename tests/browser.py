@@ -17,6 +17,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 _FLAGS = (
     "--headless",
@@ -44,11 +45,28 @@ def start(profile: Path) -> webdriver.Chrome:
     return webdriver.Chrome(options, Service(driver))  # the driver is given: Selenium looks for none elsewhere
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    driver = start(tmp_path / "profile")
+@pytest.fixture(scope="module")
+def running_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    driver = start(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def browser(running_browser: webdriver.Chrome) -> webdriver.Chrome:
+    """The module's browser on an empty page, at desk width, with nothing in its logs."""
+    running_browser.get("about:blank")
+    running_browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    resize(running_browser, 1280, 900)
+    errors(running_browser)
+    requested(running_browser)
+    return running_browser
+
+
+def visit(driver: webdriver.Chrome, url: str) -> None:
+    """Open a page and wait until it is complete: `get` alone sometimes returns before style sheets are there."""
+    driver.get(url)
+    WebDriverWait(driver, 60).until(lambda d: d.execute_script("return document.readyState") == "complete")
 
 
 def resize(driver: webdriver.Chrome, width: int, height: int = 844) -> None:
@@ -64,9 +82,10 @@ def errors(driver: webdriver.Chrome) -> list[str]:
 
 
 def requested(driver: webdriver.Chrome) -> list[str]:
-    """Addresses of all requests since the last call."""
+    """Addresses of all requests of pages since the last call; the browser's own pages are not among them."""
     lines = [json.loads(line["message"])["message"] for line in driver.get_log("performance")]
-    return [line["params"]["request"]["url"] for line in lines if line["method"] == "Network.requestWillBeSent"]
+    urls = [line["params"]["request"]["url"] for line in lines if line["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("chrome:", "chrome-untrusted:", "data:"))]
 
 
 def picture(driver: webdriver.Chrome, path: Path) -> Path:

@@ -22,7 +22,7 @@ HOW_JUDGED = {
     "flipped": "papers on which the winner changed with the order",
     "share_first": "how often the text shown first won, among answers with a winner: one half without position bias",
     "interval": "95 %, percentiles of a bootstrap that draws papers",
-    "p_holm": "two-sided against one half, by flipping the outcome of whole papers, after Holm's correction over the pairs",
+    "p_holm": "two-sided against one half, by flipping outcomes of whole papers, after Holm's correction over pairs",
 }
 
 
@@ -127,12 +127,13 @@ def page(summary: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"study": None, "judges": [], "how_judged": HOW_JUDGED}
     if "study" in summary:
         study = summary["study"]
+        none = {"difference": None, "z_difference": None}  # the base's
         rows = []
         for name, f in study["systems"].items():
             published = study["published"]["categories"][BASE] if name == BASE else None
-            rows.append({"name": name, "published": published, **f})
+            rows.append({"name": name, "published": published, **none, **f})
         groups = [
-            {"name": name, "published": study["published"]["categories"].get(name), **f}
+            {"name": name, "published": study["published"]["categories"].get(name), **none, **f}
             for name, f in study["categories"].items()
         ]
         bars = [(r["name"], r["difference"]) for r in rows if r["name"] != BASE]

@@ -7,6 +7,7 @@ as that rater. Only the study is needed here, not its key.
 import json
 import os
 import secrets
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -210,7 +211,13 @@ def serve(study: str | Path, scores: str | Path, host: str, port: int, url: str 
     import uvicorn
 
     book = Book(study, scores)
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as e:
+        raise UserError(f"{host} port {port}: {e.strerror}: choose another --port or --host.") from e
+    place = f"[{host}]" if ":" in host else host
     for token, rater in book.raters.items():
-        print(f"{rater}: {(url or f'http://{host}:{port}').rstrip('/')}/r/{token}", flush=True)
+        print(f"{rater}: {(url or f'http://{place}:{listening.getsockname()[1]}').rstrip('/')}/r/{token}", flush=True)
     # No access log: it would hold the links.
-    uvicorn.run(application(book), host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(application(book), log_level="warning", access_log=False, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])
