@@ -616,9 +616,7 @@ def ask(
     evaluation: Annotated[Path, typer.Argument(help="Folder of an evaluation with completions of the base.")],
     endpoints: Endpoints,
     out: Out,
-    system: Annotated[
-        list[str] | None, typer.Option(help="Endpoint to ask; repeat for more; all by default.")
-    ] = None,
+    system: Annotated[list[str] | None, typer.Option(help="Endpoint to ask; repeat for more; all by default.")] = None,
     papers: Annotated[int, typer.Option(help="How many beginnings to complete.")] = 100,
     rule: Annotated[str, typer.Option(help="Where beginnings end: paper or careful.")] = "paper",
     split_: Annotated[str, typer.Option("--split", help="test or holdout.")] = "test",

@@ -1,5 +1,6 @@
 """Other models as systems to compare: they complete the beginnings that the base and the variants completed."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -140,8 +141,7 @@ def fair_stop(completion: str, reference: str) -> str:
 
     Words stand for the tokens the measured systems are cut by: an endpoint's tokens are its own.
     """
-    first = completion.lstrip("\n").split("\n\n")[0]
-    pieces = first.split(" ")
+    pieces = re.split(r"\n[^\S\n]*\n", completion.lstrip("\n"))[0].split(" ")
     kept: list[str] = []
     left = len(reference.split())
     for piece in pieces:

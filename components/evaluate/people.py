@@ -195,6 +195,12 @@ def _study_sentences(study: dict[str, Any]) -> list[str]:
         f"{len(sure)} of {others} system{'s' if others != 1 else ''} scored surely above the base"
         + (f", {len(worse)} surely below it." if worse else ".")
     )
+    smallest = others * 2.0 ** (1 - study["papers"])  # all papers agree, the least likely of all signs
+    if smallest >= 0.05:
+        said.append(
+            f"{study['papers']} papers are too few to be sure of anything: if all of them agreed, p would still be "
+            f"{min(1.0, smallest):.2f}."
+        )
     icc = study["agreement"]["icc"]["value"]
     if icc is not None:
         word = "poor" if icc < 0.5 else "moderate" if icc < 0.75 else "good"

@@ -10,7 +10,7 @@ from components.evaluate.ask import AskConfig, ask, fair_stop
 from components.evaluate.endpoints import Endpoint
 from components.evaluate.gather import Choice, gather
 from components.evaluate.judges import JudgeConfig, Verdict, judge, parse
-from tests.evaluate.completed import ALL, QKV, SEEDS, completion_rows, make_evaluation
+from tests.evaluate.written import ALL, QKV, SEEDS, completion_rows, make_evaluation
 from tests.servers.openai import OpenAI
 
 QUICK = JudgeConfig(papers=8, resamples=499)

@@ -12,11 +12,12 @@ from components.evaluate.compare import compare
 from components.evaluate.endpoints import Endpoint
 from components.evaluate.judges import JudgeConfig, judge
 from components.evaluate.study import StudyConfig, make, score
-from tests.browser import browser, errors, picture, requested, resize, running_browser, visit  # noqa: F401
-from tests.evaluate.completed import with_completions
+from tests.browser import browser  # noqa: F401
 from tests.evaluate.conftest import ALL, QKV, QUICK
+from tests.evaluate.looking import errors, look_at, requested, resize, visit
 from tests.evaluate.test_judges import shown
 from tests.evaluate.test_study import fill
+from tests.evaluate.written import with_completions
 from tests.servers.openai import OpenAI
 
 WORTH = {"base": 3, QKV: 5, ALL: 6}
@@ -112,9 +113,6 @@ return mine.map((s) => ({
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_sections_are_seen_in_a_browser(browser, compared_with_people, width):  # noqa: F811
-    import os
-    from pathlib import Path
-
     resize(browser, width)
     visit(browser, f"file://{compared_with_people}/report.html")
     study, judges = browser.execute_script(LOOK, width)
@@ -125,10 +123,10 @@ def test_the_sections_are_seen_in_a_browser(browser, compared_with_people, width
         assert section["bars"] == [True, True]
         assert section["tables"] == tables
     assert "2 raters scored 27 of 27 completions of 6 papers" in study["text"]
+    assert "6 papers are too few to be sure of anything: if all of them agreed, p would still be 0.06." in study["text"]
     for published in ("3.75", "4.92", "5.43", "0.49", "0.46"):
         assert published in study["text"]
     assert "24 of 24 questions were answered" in judges["text"]
     assert errors(browser) == []
     assert requested(browser) == [f"file://{compared_with_people}/report.html"]
-    if "FEYNTUNE_PICTURES" in os.environ:
-        picture(browser, Path(os.environ["FEYNTUNE_PICTURES"]) / f"report-{width}.png")
+    look_at(browser, f"report-{width}.png")

@@ -13,7 +13,7 @@ from components.common.sealed import SealError, open_sealed
 from components.evaluate.agreement import alpha, icc
 from components.evaluate.study import SCALE, StudyConfig, make, read_sheet, score, sheet
 from components.evaluate.study_figures import category
-from tests.evaluate.completed import ALL, QKV, make_evaluation
+from tests.evaluate.written import ALL, QKV, make_evaluation
 
 CONFIG = StudyConfig(raters=["ann", "bob", "cy"], papers=7, common=3)
 GIFT = {"base": 3, QKV: 5, ALL: 6, "claude": 8}  # what a system's texts are worth

@@ -17,8 +17,9 @@ from selenium.webdriver.support.wait import WebDriverWait
 from components.common.errors import UserError
 from components.evaluate.study import StudyConfig, make, read_sheet, score
 from components.evaluate.study_page import HEADERS, Book, application
-from tests.browser import browser, errors, picture, requested, resize, running_browser, visit  # noqa: F401
-from tests.evaluate.completed import ALL, QKV, make_evaluation
+from tests.browser import browser  # noqa: F401
+from tests.evaluate.looking import errors, look_at, requested, resize, visit
+from tests.evaluate.written import ALL, QKV, make_evaluation
 
 TEX = r"We find $\mathcal{N}=4$ <b>branes</b> & \"strings\" with $E < mc^2$."
 
@@ -181,6 +182,7 @@ def test_the_page_fits_fetches_nothing_from_outside_and_logs_no_error(browser, s
         assert found["small"] == []
         assert found["unlabelled"] == []
         assert found["bold"] == 0  # texts are shown, not taken for HTML
+        look_at(browser, f"study-{width}-{number}.png")
         shown.add(browser.find_element(By.ID, "continuation").text)
     assert any(TEX in text for text in shown)
     visit(browser, served.links["ann"] + "/done")
@@ -244,20 +246,3 @@ def test_the_page_works_without_script(browser, served):  # noqa: F811
     browser.find_element(By.CSS_SELECTOR, "button[value='6']").click()
     wait_for(browser, "2")
     assert served.rows("ann")[0]["score"] == "6"
-
-
-@pytest.mark.skipif("FEYNTUNE_PICTURES" not in os.environ, reason="FEYNTUNE_PICTURES names no folder for pictures")
-@WIDTHS
-def test_pictures_to_look_at(browser, served, width):  # noqa: F811
-    from pathlib import Path
-
-    folder = Path(os.environ["FEYNTUNE_PICTURES"])
-    resize(browser, width)
-    for number in (1, 2, 3):
-        visit(browser, f"{served.links['ann']}/{number}")
-        picture(browser, folder / f"study-{width}-{number}.png")
-    post(served, "ann", 1, score="7")
-    visit(browser, served.links["ann"] + "/1")
-    picture(browser, folder / f"study-{width}-given.png")
-    visit(browser, served.links["ann"] + "/done")
-    picture(browser, folder / f"study-{width}-done.png")

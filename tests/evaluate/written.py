@@ -60,9 +60,10 @@ def make_evaluation(folder: Path, systems: Mapping[str, Write], papers: int = 12
 def with_completions(evaluation: Path, folder: Path, word: str) -> Path:
     """A copy of a scored evaluation with completions added for each of its systems; `word` stands in them."""
     manifest = read_manifest(evaluation)
-    with seal(folder, "evaluation", manifest.inputs, manifest.config) as out:
+    config = {k: v for k, v in manifest.config.items() if k != "completions"}  # these were not made by `evaluate`
+    with seal(folder, "evaluation", manifest.inputs, config) as out:
         (out.path / "completions").mkdir()
-        for name in manifest.files:
+        for name in (n for n in manifest.files if not n.startswith("completions/")):
             (out.path / name).parent.mkdir(exist_ok=True)
             (out.path / name).write_bytes((evaluation / name).read_bytes())
             if name.startswith("scores/"):
