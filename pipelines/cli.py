@@ -581,5 +581,174 @@ def _names(text: str | None) -> list[str] | None:
     return [n.strip() for n in text.split(",") if n.strip()] if text else None
 
 
+study_app = typer.Typer(
+    help="A blind study: people score completions without knowing whose they are.", no_args_is_help=True
+)
+app.add_typer(study_app, name="study")
+
+Completed = Annotated[
+    list[Path], typer.Option("--completions", help="Folder with completions, of `evaluate` or `ask`; repeat for more.")
+]
+Endpoints = Annotated[Path, typer.Option(help="YAML file of endpoints (components/evaluate/README.md).")]
+ChoiceOption = Annotated[
+    str,
+    typer.Option(
+        help='Which completions, as JSON, such as \'{"rule": "paper", "decoding": "sampled", "text": "fair"}\'.'
+    ),
+]
+
+
+@app.command()
+def compare(
+    evaluation: Annotated[list[Path], typer.Option(help="Folder of an evaluation; repeat for more.")],
+    adapter: Annotated[list[str], typer.Option(help="NAME=DIR; repeat for more.")],
+    data: Data,
+    out: Out,
+    corpus: Annotated[Optional[Path], typer.Option(help="Folder of the corpus, for its figures.")] = None,  # noqa: UP045
+    people: Annotated[Optional[Path], typer.Option(help="Folder of `study score`.")] = None,  # noqa: UP045
+    judges: Annotated[Optional[list[Path]], typer.Option(help="Folder of `judge`; repeat for more.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Compare what was evaluated, with what people and judges said of it."""
+    from components.evaluate.compare import compare
+
+    setup(quiet=as_json)
+    adapters = dict(_pair(item, "--adapter NAME=DIR") for item in adapter)
+    compare(evaluation, adapters, str(data), out, corpus=corpus, people=people, judges=judges or [])
+    _say(json.loads((out / "summary.json").read_text()), as_json, (out / "table.md").read_text())
+
+
+@app.command()
+def ask(
+    evaluation: Annotated[Path, typer.Argument(help="Folder of an evaluation with completions of the base.")],
+    endpoints: Endpoints,
+    out: Out,
+    system: Annotated[list[str] | None, typer.Option(help="Endpoint to ask; repeat for more; all by default.")] = None,
+    papers: Annotated[int, typer.Option(help="How many beginnings to complete.")] = 100,
+    rule: Annotated[str, typer.Option(help="Where beginnings end: paper or careful.")] = "paper",
+    split_: Annotated[str, typer.Option("--split", help="test or holdout.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Have other models complete the same beginnings, as systems to compare."""
+    from components.evaluate.ask import AskConfig, ask
+    from components.evaluate.endpoints import load_endpoints
+
+    setup(quiet=as_json)
+    known = load_endpoints(endpoints)
+    chosen = [_endpoint(known, name, endpoints) for name in system or known]
+    config = _checked(AskConfig, {"papers": papers, "rule": rule, "split": split_})
+    facts = ask(evaluation, chosen, out, config).facts
+    lines = [f"{n}: {f['answers']} of {f['questions']} answers, cost {f['cost']:.4g}" for n, f in facts.items()]
+    _say(facts, as_json, "\n".join(lines))
+
+
+@app.command()
+def judge(
+    completions: Completed,
+    endpoints: Endpoints,
+    name: Annotated[str, typer.Option("--judge", help="Endpoint that judges.")],
+    out: Out,
+    papers: Annotated[int, typer.Option(help="How many papers, each judged in both orders.")] = 100,
+    pairs: Annotated[str, typer.Option(help="base (every system against it) or all.")] = "base",
+    choice: ChoiceOption = "{}",
+    show_reference: Annotated[bool, typer.Option(help="Let the judge read the published rest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Have a language model judge completions in pairs, blind and in both orders."""
+    from components.evaluate.endpoints import load_endpoints
+    from components.evaluate.judges import JudgeConfig, judge
+
+    setup(quiet=as_json)
+    settings = {"papers": papers, "pairs": pairs, "show_reference": show_reference}
+    config = _checked(JudgeConfig, {**settings, "choice": _settings(choice, "--choice")})
+    judge(completions, _endpoint(load_endpoints(endpoints), name, endpoints), out, config)
+    summary = json.loads((out / "summary.json").read_text())
+    lines = []
+    for d in summary["duels"]:
+        w = d["win_rate"]
+        rate = "no paper judged" if w["low"] is None else f"{w['mean']:.0%} [{w['low']:.0%}, {w['high']:.0%}]"
+        lines.append(f"{d['system']} against {d['against']}: {rate} of {d['papers']} papers")
+    about, useless = summary["judge"], summary["unusable"]
+    lines.append(f"{about['answers']} answers, {useless['count']} of no use, cost {about['cost']:.4g}")
+    _say(summary, as_json, "\n".join(lines))
+
+
+@study_app.command("make")
+def study_make(
+    completions: Completed,
+    rater: Annotated[list[str], typer.Option(help="Short name of a rater; repeat for more.")],
+    out: Out,
+    key: Annotated[Path, typer.Option(help="Folder to write the key to; raters must not see it.")],
+    papers: Annotated[int, typer.Option(help="Papers drawn.")] = 25,
+    common: Annotated[int, typer.Option(help="Of them, those that all raters score.")] = 5,
+    system: Annotated[Optional[list[str]], typer.Option(help="System beside the base; repeat; all by default.")] = None,  # noqa: UP045
+    choice: ChoiceOption = "{}",
+    show_reference: Annotated[bool, typer.Option(help="Show raters the published rest.")] = False,
+    seed: Annotated[Optional[int], typer.Option(help="Of the draws; a fresh one by default, kept in the key.")] = None,  # noqa: UP045
+) -> None:
+    """Draw papers and write one blind sheet a rater, and the key apart from them."""
+    from components.evaluate.study import StudyConfig, make
+
+    setup()
+    settings = {"raters": rater, "papers": papers, "common": common, "show_reference": show_reference}
+    config = _checked(StudyConfig, {**settings, "choice": _settings(choice, "--choice")})
+    make(completions, out, key, config, seed, system or [])
+    print(f"{out}: {len(rater)} sheets; {key}: the key, keep it from raters")
+
+
+@study_app.command("serve")
+def study_serve(
+    study: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    scores: Annotated[Path, typer.Option(help="Folder for the scores; start again with it to go on.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8090,
+    url: Annotated[Optional[str], typer.Option(help="Address raters reach it by, if another.")] = None,  # noqa: UP045
+) -> None:
+    """Serve a page to score on; prints a link for every rater."""
+    from components.evaluate.study_page import serve
+
+    setup()
+    serve(study, scores, host, port, url)
+
+
+@study_app.command("score")
+def study_score(
+    study: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    key: Annotated[Path, typer.Option(help="Folder of its key.")],
+    sheets: Annotated[list[Path], typer.Option(help="Returned sheet, or a folder of them; repeat for more.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Check returned sheets row by row, and say what they mean."""
+    from components.evaluate.study import score
+
+    setup(quiet=as_json)
+    score(study, key, sheets, out)
+    _say(json.loads((out / "summary.json").read_text()), as_json, (out / "summary.md").read_text())
+
+
+def _endpoint(known: dict[str, Any], name: str, path: Path) -> Any:
+    if name not in known:
+        raise UserError(f"{path} has no endpoint {name}, only {', '.join(known)}.")
+    return known[name]
+
+
+def _checked(model: Any, settings: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(settings)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}.") from e
+
+
+def _pair(item: str, form: str) -> tuple[str, str]:
+    name, equals, folder = item.partition("=")
+    if not equals:
+        raise UserError(f"{item}: write {form}.")
+    return name, folder
+
+
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from components.common.errors import UserError
 from components.common.names import BASE, slug
 from components.common.sealed import MANIFEST, Manifest, open_sealed, read_manifest, seal
+from components.evaluate import people as heard
 from components.evaluate import statistics
 from components.evaluate.config import CompareConfig
 from components.evaluate.evaluate import category_of
@@ -42,6 +43,8 @@ def compare(
     failures: Sequence[str | Path] = (),
     config: CompareConfig | None = None,
     places: Mapping[str, str] | None = None,
+    people: str | Path | None = None,
+    judges: Sequence[str | Path] = (),
 ) -> Manifest:
     """Compare all measured systems into a sealed `comparison`: summary.json, table.md, table.csv, report.html.
 
@@ -52,10 +55,11 @@ def compare(
         corpus: the sealed `corpus` of the split, for its figures in the report.
         failures: sealed `failure` folders of branches that gave no result.
         places: where each adapter is kept in the store, by name; goes into the summary for `register`.
+        people, judges: a sealed `study-result` and `judgement`s made on completions in these evaluations.
 
     Raises:
         UserError: the base or a variant is missing or there twice; a variant was measured on another test set, on
-            another base or with other settings, or is not the adapter given.
+            another base or with other settings, or is not the adapter given; people or a judge saw other completions.
         SealError: a folder is damaged or of another kind.
     """
     config = config or CompareConfig()
@@ -70,6 +74,8 @@ def compare(
     inputs = {"split": split.digest, "base": base.manifest.inputs["base"], "test": base.manifest.inputs["test"]}
     inputs |= {f"evaluation of {name}": s.manifest.digest for name, s in systems.items()}
     inputs |= {f"adapter of {name}": m.digest for name, m in sealed.items()}
+    said, digests = heard.attach({name: s.manifest for name, s in systems.items()}, people, judges)
+    inputs |= digests
     counts: dict[str, Any] = {}
     if corpus is not None:
         inputs["corpus"] = open_sealed(corpus, "corpus").digest
@@ -98,19 +104,22 @@ def compare(
         variant |= {key: manifest.facts.get(key) for key in ("train_tokens", "seconds")}
         if places and name in places:
             variant["adapter"] = places[name]
+    summary |= said
     rows = table(summary)
     summary["verdict"] = _verdict(systems, groups.decisive, rows, config)
 
     with seal(out, "comparison", inputs, stored) as folder:
         (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         (folder.path / "table.csv").write_text(_csv(rows))
-        (folder.path / "table.md").write_text(_markdown(rows, summary))
+        (folder.path / "table.md").write_text(_markdown(rows, summary) + heard.appendix(summary))
+        for name, text in heard.tables(summary).items():
+            (folder.path / name).write_text(text)
         audit = json.loads((Path(data) / "audit.json").read_text())
         curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text()) for name in variants}
         manifests = {"split": split, "evaluation": base.manifest, **sealed}
         if corpus is not None:
             manifests["corpus"] = read_manifest(corpus)
-        page = render(summary, rows, curves, counts, audit, manifests)
+        page = render(summary, rows, curves, counts, audit, manifests, heard.page(summary))
         (folder.path / "report.html").write_text(page)
     return open_sealed(out, "comparison")
 

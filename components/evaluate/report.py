@@ -23,6 +23,7 @@ def render(
     counts: dict[str, Any],
     audit: dict[str, Any],
     manifests: Mapping[str, Manifest],
+    people: Mapping[str, Any],
 ) -> str:
     """The page.
 
@@ -31,6 +32,7 @@ def render(
         curves: each variant's curve.json.
         counts, audit: of the corpus (may be empty) and of the split.
         manifests: "split", "evaluation", perhaps "corpus", and each variant's adapter.
+        people: the study and the judges (components.evaluate.people.page).
     """
     here = Path(__file__).parent
     environment = Environment(
@@ -51,6 +53,7 @@ def render(
         budget=_budget(rows),
         reproduce=_reproduce(summary, manifests),
         packages=manifests["evaluation"].packages,
+        people=people,
         BASE=BASE,
     )
 
