@@ -5,6 +5,7 @@ tokens stand at the same places in all three.
 """
 
 import os
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -17,11 +18,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from transformers.utils import logging as transformers_logging
+
 from components.common.base import fetch_base
 from components.common.errors import UserError
 from components.common.packed import ATTENTION
 
 Precision = Literal["fp32", "bf16", "nf4"]
+
+# A progress bar for a load of a second, and a word to peft's authors, would stand between our own lines.
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:

@@ -30,7 +30,6 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
-from transformers.utils import logging as transformers_logging
 
 from components.common.base import pin_base, split_pin
 from components.common.errors import Interrupted, UserError
@@ -292,7 +291,6 @@ def _ranks(config: TrainConfig) -> Iterator[_Ranks]:
     if cuda:
         torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(config.deterministic)
-    transformers_logging.disable_progress_bar()
     joined = world > 1 and not dist.is_initialized()
     if joined:
         dist.init_process_group("nccl" if cuda else "gloo")

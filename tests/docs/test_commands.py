@@ -43,7 +43,7 @@ def test_the_commands_of_a_page_do_what_it_says(page: Path, tmp_path: Path) -> N
     for name in ("charts", "components", "manifests", "pipelines", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     script = tmp_path / "page.sh"
-    script.write_text("set -e\ntrap 'kill $(jobs -p) 2> /dev/null' EXIT\n" + "\n".join(commands(page)))
+    script.write_text("set -e\ntrap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n" + "\n".join(commands(page)))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-x", str(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
