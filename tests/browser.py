@@ -11,7 +11,7 @@ def browser(tmp_path):
     from selenium import webdriver
 
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium and driver, "Tests of pages need a browser: apt-get install -y chromium chromium-driver"
+    assert None not in (chromium, driver), "Tests of pages need a browser: apt-get install -y chromium chromium-driver"
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (

@@ -25,7 +25,7 @@ export function Panel({ result, tex, shade, keyed }: { result: Result; tex: bool
   return (
     <article class="panel" aria-busy={writing} data-model={call.model} data-state={state}>
       <header>
-        <h3>{result.title}</h3>
+        <h2>{result.title}</h2>
         {result.version && result.version !== call.model && <p class="quiet version">{result.version}</p>}
       </header>
       <Output

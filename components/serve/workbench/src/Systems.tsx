@@ -2,14 +2,18 @@ import type { Model } from "./api";
 
 /** The base, what the registry chose, and the adapters: each to be ticked, each with where it comes from. */
 export function Systems(props: { models: Model[]; chosen: Set<string>; toggle: (id: string) => void }) {
+  const first = (m: Model) => m.parent === null || m.id === "champion";
   const groups: [string, Model[]][] = [
-    ["Base", props.models.filter((m) => m.parent === null)],
-    ["The registry's choice", props.models.filter((m) => m.alias)],
-    ["Adapters: perplexity minus the base's [95 %]", props.models.filter((m) => m.parent !== null && !m.alias)],
+    ["Base and champion", props.models.filter(first)],
+    ["Adapters: perplexity minus the base's [95 %]", props.models.filter((m) => !first(m) && !m.alias)],
+    ["The registry's other names", props.models.filter((m) => !first(m) && m.alias)],
   ];
+  const ticked = props.models.filter((m) => props.chosen.has(m.id)).length;
   return (
     <fieldset class="systems">
-      <legend>Compare</legend>
+      <legend>
+        Compare <span class="quiet">{ticked} of {props.models.length}</span>
+      </legend>
       <div class="list">
         {groups.map(
         ([name, models]) =>
