@@ -28,11 +28,11 @@ import grpc  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.requests import Request as HttpRequest  # noqa: E402
-from fastapi.responses import ORJSONResponse, Response  # noqa: E402
+from fastapi.responses import ORJSONResponse, PlainTextResponse, Response  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
 
 from components.common.errors import UserError  # noqa: E402
-from components.common.names import BASE  # noqa: E402
+from components.common.names import BASE, slug  # noqa: E402
 from components.common.telemetry import log  # noqa: E402
 from components.serve.completions import ApiError, Request, Server  # noqa: E402
 from components.serve.engine import Sampling  # noqa: E402
@@ -188,6 +188,7 @@ class _Rest(RESTServer):
         app.title = "feyntune"
         app.include_router(router(self.server))
         add_workbench(app, self.workbench, self.dataplane.live)
+        app.add_api_route("/cards/{name}", self.card, response_class=PlainTextResponse, responses={404: {}, 503: {}})
         app.add_api_route("/v2/health/ready", self.ready, tags=["V2"], responses={503: {}})
         super()._register_endpoints(app)
 
@@ -200,6 +201,20 @@ class _Rest(RESTServer):
             detail["refused"] = server.catalog.refused
             detail["registry_error"] = server.catalog.error
         return ORJSONResponse(detail, 200 if server.ready else 503)
+
+    async def card(self, name: str) -> Response:
+        """The model card of an adapter, by any name of it in /openai/v1/models: Markdown."""
+        _, catalog, _ = self.server.up()
+        version = catalog.names.get(slug(name))
+        if version is None:
+            raise ApiError(
+                404, "no_card", f"There is no model card of {name[:100]!r}: adapters have one, by their names."
+            )
+        try:
+            text = await asyncio.to_thread(catalog.source.card, version)
+        except UserError as e:
+            raise ApiError(503, "registry", str(e), retry_after=30) from e
+        return PlainTextResponse(text, media_type="text/markdown", headers={"X-Content-Type-Options": "nosniff"})
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
         super()._add_exception_handlers(app)

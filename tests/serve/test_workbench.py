@@ -310,6 +310,24 @@ def test_a_key_is_asked_for_kept_to_the_page_and_never_copied(browser, school, p
         page.close()
 
 
+def test_an_adapter_shows_its_lineage_and_its_model_card(page, lectern, school):
+    version = Registry.open(school).resolve("champion")
+    system = next(s for s in page.all(".system") if s.text.startswith("hep-th/lora-all"))
+    system.find_element(By.TAG_NAME, "summary").click()
+    shown = system.find_element(By.TAG_NAME, "dl").text
+    assert version.name in shown
+    assert f"rank {version.rank} on" in shown
+    assert all(digest[:16] in shown for digest in version.lineage.values())
+    assert "−1.00 [−1.50, −0.50]" in system.text
+    system.find_element(By.CSS_SELECTOR, "button.link").click()
+    assert settles(lambda: page.all("dialog[open] pre"))
+    assert page.one("dialog pre").text == "# card"
+    page.press(Keys.ESCAPE)
+    assert settles(lambda: not page.all("dialog"))
+    assert httpx.get(f"{lectern.url}/cards/champion").headers["content-type"].startswith("text/markdown")
+    assert httpx.get(f"{lectern.url}/cards/base").status_code == 404
+
+
 def test_all_of_it_by_keyboard(page):
     def tab_to(name: str, back=False) -> None:
         for _ in range(60):

@@ -15,7 +15,6 @@ export interface Result {
   finish: string | null;
   error: string;
   asked: number; // ms
-  first: number;
   ended: number;
 }
 

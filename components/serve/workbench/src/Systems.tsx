@@ -1,7 +1,13 @@
-import type { Model } from "./api";
+import { useEffect, useRef, useState } from "preact/hooks";
+import { card, type Model } from "./api";
 
 /** The base, what the registry chose, and the adapters: each to be ticked, each with where it comes from. */
-export function Systems(props: { models: Model[]; chosen: Set<string>; toggle: (id: string) => void }) {
+export function Systems(props: {
+  models: Model[];
+  chosen: Set<string>;
+  toggle: (id: string) => void;
+  access: string;
+}) {
   const first = (m: Model) => m.parent === null || m.id === "champion";
   const groups: [string, Model[]][] = [
     ["Base and champion", props.models.filter(first)],
@@ -21,7 +27,13 @@ export function Systems(props: { models: Model[]; chosen: Set<string>; toggle: (
             <div key={name} role="group" aria-label={name}>
               <p class="group">{name}</p>
               {models.map((model) => (
-                <System key={model.id} model={model} chosen={props.chosen.has(model.id)} toggle={props.toggle} />
+                <System
+                  key={model.id}
+                  model={model}
+                  chosen={props.chosen.has(model.id)}
+                  toggle={props.toggle}
+                  access={props.access}
+                />
               ))}
             </div>
           ),
@@ -31,7 +43,9 @@ export function Systems(props: { models: Model[]; chosen: Set<string>; toggle: (
   );
 }
 
-function System({ model, chosen, toggle }: { model: Model; chosen: boolean; toggle: (id: string) => void }) {
+function System(props: { model: Model; chosen: boolean; toggle: (id: string) => void; access: string }) {
+  const { model, chosen, toggle } = props;
+  const [shown, setShown] = useState("");
   return (
     <div class="system">
       <label>
@@ -51,8 +65,31 @@ function System({ model, chosen, toggle }: { model: Model; chosen: boolean; togg
             </div>
           ))}
         </dl>
+        {model.parent !== null && (
+          <button
+            type="button"
+            class="link"
+            onClick={() => card(model.id, props.access).then(setShown, (e: Error) => setShown(e.message))}
+          >
+            Model card of {titleOf(model)}
+          </button>
+        )}
+        {shown && <Card title={titleOf(model)} text={shown} close={() => setShown("")} />}
       </details>
     </div>
+  );
+}
+
+function Card({ title, text, close }: { title: string; text: string; close: () => void }) {
+  const dialog = useRef<HTMLDialogElement>(null);
+  useEffect(() => dialog.current!.showModal(), []);
+  return (
+    <dialog ref={dialog} onClose={close} aria-label={`Model card of ${title}`}>
+      <pre tabIndex={0}>{text}</pre>
+      <button type="button" onClick={() => dialog.current!.close()}>
+        Close
+      </button>
+    </dialog>
   );
 }
 

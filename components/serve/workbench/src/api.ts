@@ -71,6 +71,11 @@ export async function models(key: string): Promise<Model[]> {
   return (await response.json()).data;
 }
 
+/** The model card of an adapter, Markdown. */
+export async function card(model: string, key: string): Promise<string> {
+  return (await ask(`../../cards/${encodeURIComponent(model)}`, key, {})).text();
+}
+
 /** The completion's events as they arrive; leaving the loop, or `signal`, ends it on the server too. */
 export async function* complete(call: Call, key: string, signal: AbortSignal): AsyncGenerator<Chunk> {
   const body = JSON.stringify({ ...call, stream: true, logprobs: ALTERNATIVES });
@@ -104,13 +109,13 @@ async function ask(path: string, key: string, init: RequestInit): Promise<Respon
   const headers = { ...init.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   let response: Response;
   try {
-    response = await fetch(API + path, { ...init, headers, cache: "no-store", credentials: "same-origin" });
+    response = await fetch(new URL(path, API), { ...init, headers, cache: "no-store", credentials: "same-origin" });
   } catch (e) {
     throw inWords(e);
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
-  const message = said?.error?.message ?? `The endpoint answered ${response.status} ${response.statusText}.`;
+  const message = said?.error?.message ?? said?.error ?? `The endpoint answered ${response.status} ${response.statusText}.`;
   throw new Refusal(message, response.status, Number(response.headers.get("Retry-After") ?? 0));
 }
 

@@ -88,7 +88,6 @@ function Workbench() {
       finish: null,
       error: "",
       asked: performance.now(),
-      first: 0,
       ended: 0,
     }));
     setResults(started);
@@ -124,7 +123,6 @@ function Workbench() {
           tokens: added.length ? [...result.tokens, ...added] : result.tokens,
           version: chunk.model === "base" ? result.version : chunk.model,
           finish: choice.finish_reason ?? result.finish,
-          first: result.first || performance.now(),
         });
       }
       show({ state: "done", ended: performance.now() });
@@ -137,6 +135,7 @@ function Workbench() {
   }
 
   function onKeyDown(e: KeyboardEvent) {
+    if ((e.target as Element).closest("dialog")) return;
     if (e.key === "Escape" && running.current) running.current.abort();
     if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) {
       const form = (e.currentTarget as HTMLElement).querySelector("form")!;
@@ -196,7 +195,7 @@ function Workbench() {
             </button>
           ))}
         </div>
-        {models.length > 0 && <Systems models={models} chosen={chosen} toggle={toggle} />}
+        {models.length > 0 && <Systems models={models} chosen={chosen} toggle={toggle} access={key} />}
         <div class="settings">
           <Amount label="Max tokens" name="max_tokens" min={1} max={8192} step={1} {...{ settings, setSettings }} />
           <Amount label="Temperature" name="temperature" min={0} max={2} step="any" {...{ settings, setSettings }} />
