@@ -1,20 +1,22 @@
 # make run    make the environment, a tiny base model, and run the whole compiled pipeline on this machine
 # make test   make the environment, check the code and run every test that needs no cluster
+# make workbench   build the page that the endpoint shows browsers (`make run` and `make test` do it too)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # A run is a dozen short processes: without bytecode each would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: run test test-fast test-cluster lint format env lock compile reference docs clean
+.PHONY: run test test-fast test-cluster lint format env workbench lock compile reference docs clean
 
 run: env
+	@$(MAKE) -s workbench || echo "the workbench page is not built (is an npm registry reached?); all else goes on without it"
 	@$(BIN)/feyntune run
 
-test: env lint
+test: env lint workbench
 	$(PYTEST) -m "not cluster and not gpu"
 
-test-fast: env lint
+test-fast: env lint workbench
 	$(PYTEST) -m "not cluster and not gpu and not slow"
 
 test-cluster: env
@@ -55,6 +57,14 @@ env: .venv/.ready
 	@$(BIN)/uv pip install -q --no-deps -e .
 	@touch $@
 
+# The endpoint's page, components/serve/page, by the node and npm that the environment holds.
+WORKBENCH := components/serve/workbench
+workbench: env components/serve/page/index.html
+
+components/serve/page/index.html: $(wildcard $(WORKBENCH)/*.json $(WORKBENCH)/*.ts $(WORKBENCH)/*.html $(WORKBENCH)/src/*)
+	@echo "building the workbench page"
+	@cd $(WORKBENCH) && export PATH="$(CURDIR)/$(BIN):$$PATH" && npm ci --silent --ignore-scripts && npm run --silent build -- --logLevel warn
+
 # Hashes, but no download addresses: anybody's package index serves.
 lock:
 	$(BIN)/uv pip compile -q requirements/dev.in -c requirements/torch.txt --generate-hashes --no-header --no-annotate \
@@ -62,4 +72,4 @@ lock:
 	requirements/lock.sh $(CURDIR)/$(BIN)/uv
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs components/serve/page $(WORKBENCH)/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -268,6 +268,7 @@ def serve(
     drain_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 60.0,
     linger_seconds: Annotated[float, typer.Option(help="Time to take new requests after SIGTERM.")] = 0.0,
     keys_file: Annotated[Optional[Path], typer.Option(help="Bearer keys, one a line; without it all may ask.")] = None,  # noqa: UP045
+    workbench: Annotated[bool, typer.Option(help="Show browsers a page to compare completions on, at /.")] = True,
 ) -> None:
     """Serve the base and every registered adapter from one endpoint."""
     from components.serve.serve import serve
@@ -288,6 +289,7 @@ def serve(
         drain_seconds=drain_seconds,
         linger_seconds=linger_seconds,
         keys_file=keys_file,
+        workbench=workbench,
     )
 
 

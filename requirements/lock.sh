@@ -18,3 +18,4 @@ for image in worker trainer predictor; do
   compile $image.in -c torch.txt -c dev.txt $skip -o $image.txt
 done
 compile build.in -o build.txt
+compile node.in -c dev.txt -o node.txt

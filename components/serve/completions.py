@@ -86,6 +86,7 @@ class Server:
     catalog: Catalog | None = None
     eos: frozenset[int] = frozenset()
     draining: bool = False
+    scoring: asyncio.Lock = field(default_factory=asyncio.Lock)  # the engine reads one text outside its batch at a time
     started: float = field(default_factory=time.time)
 
     @property
@@ -182,7 +183,7 @@ class Request:
         assert self.target is not None
         key = self.target.version.digest if self.target.version else None
         metrics.TOKENS.labels(self.label, "prompt").inc(len(ids))
-        async with asyncio.timeout_at(self.deadline):
+        async with asyncio.timeout_at(self.deadline), self.server.scoring:
             return await engine.score(key, ids, top)
 
 

@@ -11,8 +11,9 @@ from fastapi.responses import ORJSONResponse, Response
 from components.common.errors import UserError
 from components.common.telemetry import log
 from components.serve.completions import ApiError
+from components.serve.workbench import FILES
 
-OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")  # probes and scrapers have no key
+OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")  # probes, scrapers and browsers have no key
 
 
 class Keys:
@@ -78,7 +79,7 @@ class Front:
             await self._watched(scope, receive, send, body)
 
     def _check_key(self, scope: Any) -> None:
-        if self.keys is not None and scope["path"] not in OPEN:
+        if self.keys is not None and scope["path"] not in OPEN and not scope["path"].startswith(FILES):
             authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
             if not self.keys.allow(authorization):
                 raise ApiError(401, "invalid_api_key", "Give a valid key: Authorization: Bearer KEY.")

@@ -28,16 +28,17 @@ import grpc  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.requests import Request as HttpRequest  # noqa: E402
-from fastapi.responses import ORJSONResponse, Response  # noqa: E402
+from fastapi.responses import ORJSONResponse, PlainTextResponse, Response  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
 
 from components.common.errors import UserError  # noqa: E402
-from components.common.names import BASE  # noqa: E402
+from components.common.names import BASE, slug  # noqa: E402
 from components.common.telemetry import log  # noqa: E402
 from components.serve.completions import ApiError, Request, Server  # noqa: E402
 from components.serve.engine import Sampling  # noqa: E402
 from components.serve.front import Front, Keys, error_response  # noqa: E402
 from components.serve.openai_api import router  # noqa: E402
+from components.serve.workbench import add_workbench  # noqa: E402
 
 
 class Parameters(BaseModel):
@@ -175,9 +176,9 @@ class _Repository(ModelRepositoryExtension):
 class _Rest(RESTServer):
     """KServe's REST server with our routes before its own, on a socket of ours."""
 
-    def __init__(self, server: Server, keys: Keys | None, socket: Any, *args: Any, **kwargs: Any):
+    def __init__(self, server: Server, keys: Keys | None, workbench: bool, socket: Any, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.server, self.keys, self.socket = server, keys, socket
+        self.server, self.keys, self.workbench, self.socket = server, keys, workbench, socket
 
     async def start(self) -> None:
         self.create_application()
@@ -186,6 +187,8 @@ class _Rest(RESTServer):
     def _register_endpoints(self, app: FastAPI) -> None:
         app.title = "feyntune"
         app.include_router(router(self.server))
+        add_workbench(app, self.workbench, self.dataplane.live)
+        app.add_api_route("/cards/{name}", self.card, response_class=PlainTextResponse, responses={404: {}, 503: {}})
         app.add_api_route("/v2/health/ready", self.ready, tags=["V2"], responses={503: {}})
         super()._register_endpoints(app)
 
@@ -198,6 +201,20 @@ class _Rest(RESTServer):
             detail["refused"] = server.catalog.refused
             detail["registry_error"] = server.catalog.error
         return ORJSONResponse(detail, 200 if server.ready else 503)
+
+    async def card(self, name: str) -> Response:
+        """The model card of an adapter, by any name of it in /openai/v1/models: Markdown."""
+        _, catalog, _ = self.server.up()
+        version = catalog.names.get(slug(name))
+        if version is None:
+            raise ApiError(
+                404, "no_card", f"There is no model card of {name[:100]!r}: adapters have one, by their names."
+            )
+        try:
+            text = await asyncio.to_thread(catalog.source.card, version)
+        except UserError as e:
+            raise ApiError(503, "registry", str(e), retry_after=30) from e
+        return PlainTextResponse(text, media_type="text/markdown", headers={"X-Content-Type-Options": "nosniff"})
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
         super()._add_exception_handlers(app)
@@ -263,6 +280,7 @@ class Endpoint(kserve.ModelServer):
         drain_seconds: how long requests may still run after SIGTERM.
         linger_seconds: how long new requests are still taken after SIGTERM, not ready any more, until every
             load balancer has noticed.
+        workbench: serve the page for browsers at `/`.
     """
 
     def __init__(
@@ -273,11 +291,12 @@ class Endpoint(kserve.ModelServer):
         keys: Keys | None,
         drain_seconds: float,
         linger_seconds: float,
+        workbench: bool,
     ):
         super().__init__(workers=1, enable_latency_logging=False, grace_period=int(drain_seconds))
         self.server, self.host, self.keys = server, host, keys
         self.socket, self.grpc_port = sockets
-        self.linger_seconds = linger_seconds
+        self.linger_seconds, self.workbench = linger_seconds, workbench
         self.dataplane = _DataPlane(self.registered_models, server)
         self.model_repository_extension = _Repository(self.registered_models)
 
@@ -294,6 +313,7 @@ class Endpoint(kserve.ModelServer):
         rest = _Rest(
             self.server,
             self.keys,
+            self.workbench,
             self.socket,
             "kserve.model_server:app",
             self.dataplane,

@@ -40,6 +40,7 @@ def serve(
     drain_seconds: float = 60.0,
     linger_seconds: float = 0.0,
     keys_file: str | Path | None = None,
+    workbench: bool = True,
 ) -> None:
     """Serve `base` and all adapters of `registry` until SIGTERM; then let running requests end, and return.
 
@@ -53,6 +54,7 @@ def serve(
         canary_share: share (0 to 1) of the champion's requests that goes to the newest version in staging.
         drain_seconds, linger_seconds: after SIGTERM; see `kserve_api.Endpoint`.
         keys_file: bearer keys, one a line; without it anybody may ask.
+        workbench: show browsers the page of `workbench.py` at `/`.
 
     Raises:
         UserError: no such base, a port that is taken, an unreadable keys file, or a setting out of range.
@@ -73,7 +75,7 @@ def serve(
         logging.getLogger(name).setLevel(logging.WARNING)
     limits = Limits(body_bytes=body_bytes, seconds=request_seconds)
     server = Server(limits, base_name=Path(location).name)
-    endpoint = Endpoint(server, (listening, grpc_port), host, keys, drain_seconds, linger_seconds)
+    endpoint = Endpoint(server, (listening, grpc_port), host, keys, drain_seconds, linger_seconds, workbench)
     endpoint.show(set())
     log.info("listening on http://%s:%d (gRPC %d)", host, listening.getsockname()[1], grpc_port)
 

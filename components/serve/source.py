@@ -3,12 +3,14 @@
 A source says which versions there are and which names mean which of them, and fetches one.
 """
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from components.common.names import slug
 from components.common.sealed import Manifest
+from components.common.store import pull
 from components.register.registry import Registry, Version
 
 
@@ -50,6 +52,7 @@ class Source(Protocol):
     def marker(self) -> str: ...
     def offer(self) -> Offer: ...
     def fetch(self, version: Offered, folder: Path) -> Manifest: ...
+    def card(self, version: Offered) -> str: ...
 
 
 class RegistrySource:
@@ -83,6 +86,16 @@ class RegistrySource:
             UserError: the store does not answer, or what it holds is damaged.
         """
         return self.registry.fetch(self._versions[version.name], folder)
+
+    def card(self, version: Offered) -> str:
+        """The model card of a version, Markdown, checked against its manifest.
+
+        Raises:
+            UserError: the store does not answer, or what it holds is damaged.
+        """
+        with tempfile.TemporaryDirectory(prefix="feyntune-card-") as tmp:
+            pull(self.registry.store, self._versions[version.name].card, Path(tmp) / "card", kind="card")
+            return (Path(tmp) / "card" / "README.md").read_text()
 
 
 def _offered(version: Version) -> Offered:

@@ -248,6 +248,12 @@ def test_standalone_runs_in_kubeflows_namespace_and_a_profile_in_its_own(rendere
     assert not [a for a in pods(standalone)["Job feyntune-upload"]["containers"][0]["args"] if "namespace" in a]
 
 
+def test_the_workbench_is_on_until_it_is_switched_off(rendered):
+    for values, said in (({}, False), ({"serving": {"kind": "Deployment", "workbench": False}}, True)):
+        pod = next(p for name, p in pods(render(values)).items() if "feyntune" in name and "kserve" in str(p))
+        assert ("--no-workbench" in pod["containers"][0]["args"]) == said
+
+
 def test_the_upload_reads_settings_that_the_project_reads(rendered, tmp_path):
     config = named(rendered["with everything"], "ConfigMap", "feyntune-pipelines")
     (tmp_path / "settings.yaml").write_text(config["data"]["settings.yaml"])

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -65,6 +66,18 @@ def test_the_first_token_of_a_stream_comes_long_before_the_last(client):
     started = time.monotonic()
     times = [time.monotonic() - started for _ in stream]
     assert times[0] < times[-1] / 2
+
+
+def test_scores_asked_for_at_once_are_those_of_each_adapter_alone(client):
+    def score(model):
+        out = client.completions.create(model=model, prompt=TEXTS[1] * 8, max_tokens=0, echo=True, logprobs=0)
+        return model, tuple(out.choices[0].logprobs.token_logprobs)
+
+    names = ("base", "champion", "previous")
+    alone = {score(name) for name in names}
+    assert len({logprobs for _, logprobs in alone}) == 3
+    with ThreadPoolExecutor(9) as pool:
+        assert set(pool.map(score, names * 6)) == alone
 
 
 def test_choices_of_one_request_are_in_order_and_seeded_apart(client):
