@@ -72,7 +72,7 @@ def _say(result: dict[str, Any], as_json: bool, line: str) -> None:
     print(json.dumps(result) if as_json else line)
 
 
-@app.command()
+@app.command(epilog="Example: feyntune run --source kaggle:arxiv-metadata-oai-snapshot.json.zip --variants all")
 def run(
     source: Annotated[str, typer.Option(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")] = "synthetic:1200",
     variants: Annotated[
@@ -122,7 +122,7 @@ def run(
         sys.exit(EXIT_FAILED_BRANCH)
 
 
-@app.command()
+@app.command(epilog="Example: feyntune ingest oai:https://oaipmh.arxiv.org/oai --oai-set physics:hep-th --out corpus")
 def ingest(
     source: Annotated[str, typer.Argument(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")],
     out: Out,
@@ -164,7 +164,7 @@ def ingest(
     )
 
 
-@app.command()
+@app.command(epilog="Example: feyntune split corpus --out split --after 2024-01-01")
 def split(
     corpus: Annotated[Path, typer.Argument(help="Folder of a corpus.")],
     out: Out,
@@ -182,7 +182,9 @@ def split(
     _say({**audit, "digest": manifest.digest}, as_json, f"{out}: digest {manifest.digest[:16]}; see audit.json")
 
 
-@app.command()
+@app.command(
+    epilog="Example: feyntune train --data split --mix hep-th --method lora-qkv --base runs/base --out adapter"
+)
 def train(
     data: Data,
     mixture: Annotated[str, typer.Option("--mix", help="Mixture, such as hep-th.")],
@@ -207,7 +209,9 @@ def train(
     _say({**manifest.facts, "digest": manifest.digest}, as_json, line)
 
 
-@app.command()
+@app.command(
+    epilog="Example: feyntune evaluate --data split --base runs/base --adapter hep-th/lora-qkv=adapter --out measured"
+)
 def evaluate(
     data: Data,
     base: Base,
@@ -235,7 +239,7 @@ def evaluate(
     _say(summary, as_json, (out / "comparison" / "table.md").read_text())
 
 
-@app.command()
+@app.command(epilog="Example: feyntune register measured/comparison --adapter hep-th/lora-qkv=adapter")
 def register(
     comparison: Annotated[Path, typer.Argument(help="Folder of a comparison.")],
     adapter: Annotated[list[str], typer.Option(help="NAME=DIR; repeat for more.")],
@@ -252,7 +256,7 @@ def register(
     _say(done.model_dump(mode="json"), as_json, f"champion: {done.champion or 'none'}")
 
 
-@app.command()
+@app.command(epilog="Example: feyntune serve --base runs/base --registry runs/registry --port 8080")
 def serve(
     base: Base,
     registry: RegistryUri = DEFAULT_REGISTRY,
@@ -293,18 +297,19 @@ def serve(
     )
 
 
-@app.command("compile")
+@app.command("compile", epilog="Example: feyntune compile --out build")
 def compile_(
     out: Annotated[Path | None, typer.Option(help="Folder to write; the package's own by default.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the pipelines' YAML."""
     from pipelines.compile import COMPILED, compile_all
 
-    for path in compile_all(out or COMPILED):
-        print(f"{path}  {path.stat().st_size:,} bytes")
+    sizes = {str(path): path.stat().st_size for path in compile_all(out or COMPILED)}
+    _say(sizes, as_json, "\n".join(f"{path}  {size:,} bytes" for path, size in sizes.items()))
 
 
-@app.command()
+@app.command(epilog="Example: feyntune promote hep-th/lora-qkv --registry s3://feyntune/registry")
 def promote(
     name: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
     registry: RegistryUri = DEFAULT_REGISTRY,
@@ -319,7 +324,7 @@ def promote(
     _say(version.model_dump(mode="json"), as_json, f"{alias} is {version.name}")
 
 
-@app.command()
+@app.command(epilog="Example: feyntune rollback --registry s3://feyntune/registry")
 def rollback(
     registry: RegistryUri = DEFAULT_REGISTRY,
     alias: Annotated[str, typer.Option(help="champion, or champion:MIXTURE.")] = "champion",
@@ -333,7 +338,9 @@ def rollback(
     _say(version.model_dump(mode="json"), as_json, f"{alias} is {version.name}")
 
 
-@app.command()
+@app.command(
+    epilog="Example: feyntune plan --variants hep-th/lora-qkv,hep-th/lora-all --hardware h100 --devices 1 --price 2.5"
+)
 def plan(
     variants: Annotated[
         str, typer.Option(help="Variants, separated by commas (`all` for the paper's twenty).")
@@ -389,7 +396,7 @@ def plan(
         print(f"money: {whole['money']:,.2f}; the published recipe's: {whole['published_money']:,.2f}")
 
 
-@app.command()
+@app.command(epilog="Example: feyntune deploy serving.yaml --timeout 900")
 def deploy(
     spec: Annotated[Path, typer.Argument(help="YAML file of what is to be served (components/register/deploy.py).")],
     url: Annotated[Optional[str], typer.Option(help="Where this machine reaches the endpoint.")] = None,  # noqa: UP045
@@ -408,7 +415,7 @@ def deploy(
     _say(done.model_dump(mode="json"), as_json, f"{done.service} answers at {done.url}")
 
 
-@registry_app.command("ls")
+@registry_app.command("ls", epilog="Example: feyntune registry ls --registry s3://feyntune/registry")
 def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
     """All versions, their stage, what they measured, and which alias they hold."""
     from rich.table import Table
@@ -433,7 +440,7 @@ def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False)
     _print(table)
 
 
-@registry_app.command("show")
+@registry_app.command("show", epilog="Example: feyntune registry show champion")
 def registry_show(
     name: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
     registry: RegistryUri = DEFAULT_REGISTRY,
@@ -448,7 +455,7 @@ def registry_show(
     _say(version.model_dump(mode="json"), as_json, opened.card(version.name))
 
 
-@registry_app.command("history")
+@registry_app.command("history", epilog="Example: feyntune registry history")
 def registry_history(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
     """Every decision, oldest first, void ones included."""
     from components.register.registry import Registry
@@ -465,7 +472,7 @@ def registry_history(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = F
         print(f"{e.event.time[:19]} {e.event.kind:9} {names}  {moves}{note}")
 
 
-@registry_app.command("diff")
+@registry_app.command("diff", epilog="Example: feyntune registry diff champion previous")
 def registry_diff(
     one: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
     other: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
@@ -481,20 +488,22 @@ def registry_diff(
     _say({k: list(v) for k, v in found.items()}, as_json, "\n".join(f"{k}: {a} -> {b}" for k, (a, b) in found.items()))
 
 
-@registry_app.command("export")
+@registry_app.command("export", epilog="Example: feyntune registry export champion --out my-adapter")
 def registry_export(
     name: Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")],
     out: Out,
     registry: RegistryUri = DEFAULT_REGISTRY,
+    as_json: Json = False,
 ) -> None:
     """Write a version as a folder that PEFT loads."""
     from components.register.registry import Registry
 
-    setup()
-    print(f"{out}: {Registry.open(registry).export(name, out).name}")
+    setup(quiet=as_json)
+    version = Registry.open(registry).export(name, out)
+    _say({"folder": str(out), "version": version.name}, as_json, f"{out}: {version.name}")
 
 
-@app.command()
+@app.command(epilog="Example: feyntune upload --host http://localhost:8888 --images registry.example/team")
 def upload(
     host: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines.")],
     version: Annotated[Optional[str], typer.Option(help="Name of the version; the package's by default.")] = None,  # noqa: UP045
@@ -515,7 +524,9 @@ def upload(
     _say(ids, as_json, "\n".join(f"feyntune-{name}: version {i}" for name, i in ids.items()))
 
 
-@app.command()
+@app.command(
+    epilog='Example: feyntune submit --host http://localhost:8888 --arguments "$(cat manifests/samples/run.json)"'
+)
 def submit(
     host: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines.")],
     pipeline: Annotated[str, typer.Option(help="suite or variant.")] = "suite",
@@ -539,7 +550,7 @@ def submit(
     _say({"run": run_id}, as_json, f"started run {run_id}")
 
 
-@app.command()
+@app.command(epilog="Example: feyntune doctor --store s3://feyntune --host http://localhost:8888")
 def doctor(
     store: Annotated[Optional[str], typer.Option(help="Store to try: a folder or s3://BUCKET/PREFIX.")] = None,  # noqa: UP045
     host: Annotated[Optional[str], typer.Option(help="URL of Kubeflow Pipelines to try.")] = None,  # noqa: UP045
@@ -600,7 +611,9 @@ ChoiceOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(
+    epilog="Example: feyntune compare --evaluation scores --adapter hep-th/lora-qkv=adapter --data split --out comparison"
+)
 def compare(
     evaluation: Annotated[list[Path], typer.Option(help="Folder of an evaluation; repeat for more.")],
     adapter: Annotated[list[str], typer.Option(help="NAME=DIR; repeat for more.")],
@@ -620,7 +633,7 @@ def compare(
     _say(json.loads((out / "summary.json").read_text()), as_json, (out / "table.md").read_text())
 
 
-@app.command()
+@app.command(epilog="Example: feyntune ask evaluation/scores --endpoints endpoints.yaml --system claude --out answers")
 def ask(
     evaluation: Annotated[Path, typer.Argument(help="Folder of an evaluation with completions of the base.")],
     endpoints: Endpoints,
@@ -644,7 +657,7 @@ def ask(
     _say(facts, as_json, "\n".join(lines))
 
 
-@app.command()
+@app.command(epilog="Example: feyntune judge --completions scores --endpoints endpoints.yaml --judge gpt --out judged")
 def judge(
     completions: Completed,
     endpoints: Endpoints,
@@ -675,7 +688,10 @@ def judge(
     _say(summary, as_json, "\n".join(lines))
 
 
-@study_app.command("make")
+@study_app.command(
+    "make",
+    epilog="Example: feyntune study make --completions scores --rater a --rater b --out study --key study-key",
+)
 def study_make(
     completions: Completed,
     rater: Annotated[list[str], typer.Option(help="Short name of a rater; repeat for more.")],
@@ -698,7 +714,7 @@ def study_make(
     print(f"{out}: {len(rater)} sheets; {key}: the key, keep it from raters")
 
 
-@study_app.command("serve")
+@study_app.command("serve", epilog="Example: feyntune study serve study --scores scores")
 def study_serve(
     study: Annotated[Path, typer.Argument(help="Folder of a study.")],
     scores: Annotated[Path, typer.Option(help="Folder for the scores; start again with it to go on.")],
@@ -713,7 +729,7 @@ def study_serve(
     serve(study, scores, host, port, url)
 
 
-@study_app.command("score")
+@study_app.command("score", epilog="Example: feyntune study score study --key study-key --sheets scores --out result")
 def study_score(
     study: Annotated[Path, typer.Argument(help="Folder of a study.")],
     key: Annotated[Path, typer.Option(help="Folder of its key.")],

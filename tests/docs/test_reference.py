@@ -32,3 +32,26 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     page = (tmp_path / "site" / "laptop" / "index.html").read_text()
     for tag in ("<script src=", '<link rel="stylesheet" href='):
         assert not re.search(re.escape(tag) + '"?http', page)  # nothing from another host
+
+
+def test_every_command_has_an_example_that_it_would_take() -> None:
+    """The options of each example exist; what follows `Example:` is typed by people as it stands."""
+    import typer.main
+
+    from pipelines.cli import app
+
+    def walk(command, path):
+        if hasattr(command, "commands"):
+            for name, inner in command.commands.items():
+                yield from walk(inner, [*path, name])
+        else:
+            yield path, command
+
+    for path, command in walk(typer.main.get_command(app), ["feyntune"]):
+        example = (command.epilog or "").removeprefix("Example: ")
+        assert example.startswith(" ".join(path) + " ") or example == " ".join(path), path
+        options = {o for p in command.params for o in p.opts}
+        given = set(re.findall(r"(?<= )--[a-z-]+", example))
+        assert given <= options, f"{path}: {given - options}"
+        required = {p.opts[0] for p in command.params if p.required and p.param_type_name == "option"}
+        assert all(any(o in example for o in p.opts) for p in command.params if p.opts[0] in required), path
