@@ -612,7 +612,7 @@ ChoiceOption = Annotated[
 
 
 @app.command(
-    epilog="Example: feyntune compare --evaluation scores --adapter hep-th/lora-qkv=adapter --data split --out comparison"
+    epilog="Example: feyntune compare --evaluation scores --adapter hep-th/lora-qkv=adapter --data split --out compared"
 )
 def compare(
     evaluation: Annotated[list[Path], typer.Option(help="Folder of an evaluation; repeat for more.")],
