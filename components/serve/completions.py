@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from components.common.engine import Busy, Dead, Engine, Sampling, Token, TooLong
 from components.common.models import prompt as prompt_ids
 from components.serve import metrics
 from components.serve.catalog import Catalog, Target
-from components.serve.engine import Busy, Dead, Engine, Sampling, Token, TooLong
 from components.serve.text import Detokenizer, Stopper
 
 

@@ -30,9 +30,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from components.common.engine import Busy, Dead, Load, NoSlot, Refused, Sampling, Settings, Token, TooLong
+from components.common.lora import Slots, Weights, install, read_adapter
 from components.common.packed import backbone, head
-from components.serve.engine import Busy, Dead, Load, NoSlot, Refused, Sampling, Settings, Token, TooLong
-from components.serve.lora import Slots, Weights, install, read_adapter
 
 PAGE = 16  # tokens of the cache given out at once
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
+from components.common.batching import BatchingEngine
+from components.common.engine import Busy, Dead, NoSlot, Refused, Sampling, Settings, TooLong
+from components.common.lora import install
 from components.common.models import load_base, prompt
-from components.serve.batching import BatchingEngine
-from components.serve.engine import Busy, Dead, NoSlot, Refused, Sampling, Settings, TooLong
-from components.serve.lora import install
 from tests.serve.made import save_adapter
 
 SMALL = Settings(max_adapters=6, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=2048, queue=64)
@@ -340,7 +340,7 @@ def test_sampling_by_seed_does_not_depend_on_the_company(tiny_base, adapters, al
 
 
 def test_draws_follow_the_tempered_nucleus():
-    from components.serve.batching import _draw
+    from components.common.batching import _draw
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
     generator = torch.Generator().manual_seed(0)
@@ -360,7 +360,7 @@ def test_draws_follow_the_tempered_nucleus():
     st.integers(0, 99),
 )
 def test_a_draw_is_always_inside_the_nucleus(logits, top_p, temperature, seed):
-    from components.serve.batching import _draw
+    from components.common.batching import _draw
 
     logits = torch.tensor(logits)
     drawn = int(_draw(logits, Sampling(1, temperature, top_p), torch.Generator().manual_seed(seed)))
