@@ -1,8 +1,10 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +28,12 @@ def better(evaluation, out, factor, order=1):
     manifest = read_manifest(evaluation)
     with seal(out, "evaluation", manifest.inputs, manifest.config) as folder:
         (folder.path / "scores").mkdir()
-        for name in (n for n in manifest.files if n.startswith("scores/")):
+        (folder.path / "completions").mkdir()
+        folder.facts |= manifest.facts
+        for name in manifest.files:
+            if name.startswith("completions/"):
+                shutil.copyfile(evaluation / name, folder.path / name)
+                continue
             table = pq.read_table(evaluation / name)
             rows = [r | {"nll_text": r["nll_text"] * factor} for r in table.to_pylist()][::order]
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder.path / name)
@@ -146,7 +153,9 @@ def test_the_tables_hold_every_system_and_the_published_figures(compared):
     for row in rows[1:]:
         assert float(row["token"]) == summary["variants"][row["system"]]["perplexity"]["token"]
     lines = (compared / "table.md").read_text().splitlines()
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    tables = [list(t) for bar, t in groupby(lines, lambda line: line.startswith("|")) if bar]
+    assert len(tables) == 1 + 4  # perplexity, and completions by decoding and stop
+    assert all(len({line.count("|") for line in t}) == 1 for t in tables)
     assert any("failed in train" in line for line in lines)
 
 

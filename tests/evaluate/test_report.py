@@ -30,7 +30,7 @@ def test_the_page_shows_every_system_its_interval_and_every_failure(compared):
     assert "11.20" in page  # published
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+@given(st.floats(-1e6, 1e6), st.floats(1e-2, 1e6))
 def test_ticks_lie_inside_evenly_and_are_few(low, width):
     found = ticks(low, low + width)
     if low + width > low:
