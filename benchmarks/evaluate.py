@@ -127,7 +127,8 @@ def ours(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
         given = {f"v{i}/lora-all": folder / f"adapter-{i}" for i in range(adapters)}
-        evaluate(folder / "split", str(folder / "base"), given, f"{out}/scores", EvaluateConfig(precision="fp32"))
+        config = EvaluateConfig(precision="fp32", completions=None)
+        evaluate(folder / "split", str(folder / "base"), given, f"{out}/scores", config)
         found = {}
         for name in ("base", *given):
             table = pq.read_table(f"{out}/scores/scores/{slug(name)}.parquet")

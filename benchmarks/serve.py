@@ -80,9 +80,9 @@ def make_adapters(folder: Path, base: str, count: int) -> dict[str, Path]:
 async def throughput(folder: Path, base: str, rounds: int) -> dict[str, Any]:
     import torch
 
+    from components.common.batching import BatchingEngine
+    from components.common.engine import Settings
     from components.common.models import load_base
-    from components.serve.batching import BatchingEngine
-    from components.serve.engine import Settings
 
     torch.set_num_threads(1)
     adapters = make_adapters(folder / "adapters", base, ADAPTERS)
@@ -140,7 +140,7 @@ async def throughput(folder: Path, base: str, rounds: int) -> dict[str, Any]:
 
 
 async def _timed(engine: Any, requests: list[tuple[str | None, list[int]]]) -> tuple[float, list[list[int]]]:
-    from components.serve.engine import Sampling
+    from components.common.engine import Sampling
 
     async def one(name: str | None, ids: list[int]) -> list[int]:
         sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
@@ -153,7 +153,7 @@ async def _timed(engine: Any, requests: list[tuple[str | None, list[int]]]) -> t
 
 async def _first(engine: Any, request: tuple[str | None, list[int]]) -> float:
     """Seconds to the first token, while the others run."""
-    from components.serve.engine import Sampling
+    from components.common.engine import Sampling
 
     started = time.perf_counter()
     first = 0.0

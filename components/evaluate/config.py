@@ -2,7 +2,46 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class CompletionsConfig(BaseModel):
+    """Beginnings of abstracts that every system completes.
+
+    Attributes:
+        papers, holdout_papers: how many test papers, and papers newer than the base where there are any; those of the
+            category that decides (`decisive`), chosen by the hash of their ids.
+        rule: where the prompt ends. `paper` is FeynTune's; `careful` respects TeX, abbreviations and initials.
+        decodings: `sampled` is the paper's (temperature, one sample), `greedy` has no chance in it.
+        temperature, top_p: of the sampling. FeynTune leaves top_p to the model's own settings; 1 keeps every token.
+        max_new_tokens: most tokens of a completion; fewer where the model's context ends before.
+        seed: of the sampling. A paper's own seed follows from it and its id and is the same for every system.
+        similarity: the embedding model: a hub id, a folder of sentence-transformers, or `package:NAME/FOLDER`, a folder
+            in an installed Python package. None leaves semantic similarity out, as does a model that cannot be had.
+        memorised_words: a completion with a run of so many words of the training set counts as memorised.
+        requests: most completions computed at once.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    papers: int = Field(100, ge=2)
+    holdout_papers: int = Field(25, ge=0)
+    rule: Literal["paper", "careful"] = "paper"
+    decodings: list[Literal["sampled", "greedy"]] = Field(["sampled", "greedy"], min_length=1)
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    seed: int = Field(42, ge=0, lt=2**63)
+    similarity: str | None = "sentence-transformers/all-mpnet-base-v2"
+    memorised_words: int = Field(30, ge=1)
+    requests: int = Field(64, ge=1)
+
+    @field_validator("decodings")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("a decoding is named twice: name each once")
+        return value
 
 
 class EvaluateConfig(BaseModel):
@@ -15,6 +54,7 @@ class EvaluateConfig(BaseModel):
         precision: of the base's weights. The paper measures on 16-bit weights what it trained on 4-bit ones.
         tokens_per_batch: most tokens in one packed batch.
         tokens_per_head: tokens whose logits exist at one time (tokens x vocabulary x 4 bytes).
+        completions: what is completed, and how; None measures perplexity alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,6 +64,7 @@ class EvaluateConfig(BaseModel):
     precision: Literal["fp32", "bf16", "nf4"] = "bf16"
     tokens_per_batch: int = Field(4096, ge=1)
     tokens_per_head: int = Field(512, ge=1)
+    completions: CompletionsConfig | None = CompletionsConfig()
 
 
 class CompareConfig(BaseModel):
@@ -40,3 +81,8 @@ class CompareConfig(BaseModel):
     category: str | None = None
     resamples: int = Field(9999, ge=99)
     seed: int = 1
+
+
+def decisive(scored: list[str], wanted: str | None = None) -> str | None:
+    """Whose test abstracts decide: `wanted`, or hep-th where it is scored; None: all scored categories together."""
+    return wanted or ("hep-th" if "hep-th" in scored else None)

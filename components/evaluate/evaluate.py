@@ -1,10 +1,10 @@
-"""Score the base model and its adapters on the test abstracts: one pass a system, one row an abstract.
+"""Score the base model and its adapters on the test abstracts, one row an abstract, and have them complete some.
 
-Abstracts are tokenised and sorted once, the base is loaded once, and each shard of scores is written as soon as
-it is there: an evaluation that was killed goes on where it was. A finished one returns without importing torch.
+Abstracts are tokenised and sorted once, the base is loaded once, and each shard of scores and of completions is
+written as soon as it is there: an evaluation that was killed goes on where it was. A finished one returns without
+importing torch.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 from components.common.base import pin_base, split_pin
 from components.common.errors import UserError
 from components.common.names import BASE, slug
-from components.common.sealed import MANIFEST, Manifest, open_sealed, seal, sha256_json
+from components.common.sealed import MANIFEST, Manifest, open_sealed, read_manifest, seal, sha256_json
 from components.common.telemetry import log, progress
+from components.evaluate import completions
 from components.evaluate.config import EvaluateConfig
+from components.evaluate.shards import read_shard, write_shard
 
 SCHEMA = pa.schema(
     [
@@ -49,6 +51,7 @@ def evaluate(
 ) -> Manifest:
     """Score every system into a sealed `evaluation` at `out`: `scores/SLUG.parquet`, columns as SCHEMA, by id.
 
+    With `config.completions` also `completions/SLUG.parquet`, columns as completions.SCHEMA, by id and decoding.
     The manifest's inputs name the split, the base, each adapter and the test set (`test`, see test_digest).
 
     Args:
@@ -87,8 +90,42 @@ def evaluate(
             table = scorer.score(system, adapters.get(system), inputs.get(system))
             pq.write_table(table, folder.path / "scores" / f"{slug(system)}.parquet")
         folder.facts |= scorer.facts()
+        if config.completions is not None:
+            (folder.path / "completions").mkdir()
+            tables, facts = _complete(scorer, data, systems, adapters, inputs, config)
+            for system, table in tables.items():
+                pq.write_table(table, folder.path / "completions" / f"{slug(system)}.parquet")
+            folder.facts["completions"] = facts
     scorer.forget()
     return open_sealed(out, "evaluation")
+
+
+def _complete(
+    scorer: "_Scorer",
+    data: str | Path,
+    systems: list[str],
+    adapters: Mapping[str, str | Path],
+    inputs: Mapping[str, str],
+    config: EvaluateConfig,
+) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """Tables of completions.SCHEMA by system, and facts about their making."""
+    assert config.completions is not None
+    asked = completions.prompts(scorer.papers, config.categories, config.completions)
+    key = {"base": inputs["base"], "precision": config.precision}
+    completer = completions.Completer(asked, config.completions, scorer.folder, key, scorer.generator)
+    started = time.monotonic()
+    digests = {name: inputs[name] for name in adapters}
+    made = completer.complete(systems, adapters, digests)
+    seconds = time.monotonic() - started
+    scorer.shards += completer.shards
+    mixtures = {s: _mixture(s, adapters[s]) if s in adapters else None for s in systems}
+    tables, facts = completions.measure(made, data, mixtures, config.completions)
+    return tables, {**facts, "papers": len(asked), "seconds": seconds, "shards_resumed": completer.resumed}
+
+
+def _mixture(name: str, adapter: str | Path) -> str | None:
+    """What an adapter was trained on, by its manifest or else its name; None: not known."""
+    return read_manifest(adapter).config.get("mixture") or name.rpartition("/")[0] or None
 
 
 def test_papers(data: str | Path, categories: list[str]) -> pa.Table:
@@ -147,7 +184,7 @@ class _Scorer:
     def score(self, system: str, adapter: str | Path | None, digest: str | None) -> pa.Table:
         """Scores of one system as SCHEMA, sorted by id."""
         key = {"test": test_digest(self.papers), "base": split_pin(self.base)[1], "adapter": digest}
-        key |= self.config.model_dump(mode="json", exclude={"include_base", "categories"})
+        key |= self.config.model_dump(mode="json", exclude={"include_base", "categories", "completions"})
         shards = self.folder / f".scores-{sha256_json(key)[:16]}"
         shards.mkdir(parents=True, exist_ok=True)
         self.shards.append(shards)
@@ -159,13 +196,13 @@ class _Scorer:
             for start in range(0, len(order), SHARD):
                 rows = order[start : start + SHARD]
                 path = shards / f"{start:08d}.parquet"
-                table = _read_shard(path, len(rows))
+                table = read_shard(path, SCHEMA, len(rows))
                 if table is None:
                     if not adapted:
                         self._load(adapter)
                         adapted = True
                     table = self._score_rows(rows)
-                    _write_shard(table, path)
+                    write_shard(table, path)
                 else:
                     self.resumed += 1
                 pieces.append(table)
@@ -202,6 +239,26 @@ class _Scorer:
             self.model = PeftModel.from_pretrained(self.model, str(adapter), adapter_name=name)
         self.model.eval()
 
+    def generator(self) -> completions.Loaded:
+        """The base model without adapters, ready to generate; nothing is scored after this."""
+        import torch
+
+        from components.common.models import best_device, check_fit, load_base, load_tokenizer
+
+        if self.model is None:
+            self.tokenizer = load_tokenizer(self.base)
+            model = load_base(self.base, self.config.precision, best_device(), attention="sdpa")
+            check_fit(model, self.tokenizer, self.base)
+        else:
+            model = self.model.unload() if hasattr(self.model, "unload") else self.model
+            model.set_attn_implementation("sdpa")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.model = None
+        given = model.generation_config.eos_token_id
+        eos = {self.tokenizer.eos_token_id, *([given] if isinstance(given, int) else given or [])}
+        return completions.Loaded(model, self.tokenizer, sorted(eos))
+
     def _score_rows(self, rows: np.ndarray) -> pa.Table:
         from components.common.models import encode
         from components.evaluate.scoring import score
@@ -232,17 +289,3 @@ class _Scorer:
         """Remove the shards, once their rows are sealed."""
         for shards in self.shards:
             shutil.rmtree(shards, ignore_errors=True)
-
-
-def _read_shard(path: Path, rows: int) -> pa.Table | None:
-    try:
-        table = pq.read_table(path)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None
-    return table if table.num_rows == rows and table.schema.equals(SCHEMA) else None
-
-
-def _write_shard(table: pa.Table, path: Path) -> None:
-    tmp = path.with_suffix(".tmp")
-    pq.write_table(table, tmp)
-    os.replace(tmp, path)

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from components.common.names import BASE
 from components.common.sealed import Manifest
+from components.evaluate.completed import PUBLISHED as PUBLISHED_SIMILARITY
 
 
 def render(
@@ -38,7 +39,14 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"n": _number, "signed": _signed, "short": _short, "p": _p, "seconds": _seconds}
+    environment.filters |= {
+        "n": _number,
+        "signed": _signed,
+        "short": _short,
+        "p": _p,
+        "seconds": _seconds,
+        "share": _share,
+    }
     return environment.get_template("report.html.jinja").render(
         css=(here / "report.css").read_text(),
         summary=summary,
@@ -50,7 +58,10 @@ def render(
         learning=_learning(curves, rows),
         counts=_flat(counts),
         audit=_flat(audit),
-        budget=_budget(rows),
+        budget=budget(summary),
+        matched=summary["budget"],
+        published=_published(summary, rows),
+        completions=_completions(summary, rows),
         reproduce=_reproduce(summary, manifests),
         packages=manifests["evaluation"].packages,
         people=people,
@@ -88,6 +99,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         )
     if best.get("train_tokens") and best.get("seconds"):
         said.append(f"It cost {best['train_tokens']:,} training tokens and {_seconds(best['seconds'])}.")
+    said += _of_its_completions(summary, name)
     if len(variants) > 1:
         said.append(f"{found['better_than_base']} of {len(variants)} variants are surely better than the base.")
     return said
@@ -189,18 +201,119 @@ def _points(curve: dict[str, Any], most: int = 120) -> tuple[list[tuple[int, flo
     return train, [(p["step"], math.log(p["perplexity"])) for p in curve["validation"]]
 
 
-def _budget(rows: list[dict[str, Any]]) -> str:
-    """Whether variants can be ranked by their data, or differ in how much they were trained."""
-    tokens = [r["train_tokens"] for r in rows if r["train_tokens"]]
-    if len(tokens) < 2:
+def budget(summary: dict[str, Any]) -> str:
+    """Whether variants can be ranked by their data, or differ in how much they were trained; "" for fewer than two."""
+    found = summary["budget"]
+    if len(summary["variants"]) < 2 or found["smallest"] is None:
         return ""
-    if max(tokens) <= 1.05 * min(tokens):
+    if found["matched"]:
         return "All variants were trained on the same number of tokens (within 5 %): their ranking compares their data."
     return (
-        f"Variants were trained for a fixed number of epochs, as in the paper: the largest saw "
-        f"{max(tokens) / min(tokens):.1f} times the tokens of the smallest, so more training and better data cannot "
-        "be told apart. For a comparison at equal compute train them with the same number of steps."
+        f"Variants were trained for a fixed number of epochs, as in the paper: the largest saw {found['spread']:.1f} "
+        "times the tokens of the smallest, so more training and better data cannot be told apart between them."
     )
+
+
+def _published(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's figures beside ours of the same name; empty where other abstracts than hep-th's were measured."""
+    if summary["test"]["category"] != "hep-th":
+        return []
+    best = rows[1] if len(rows) > 1 else None
+    found = [
+        {"what": "Perplexity, base", "published": "11.20", "ours": _number(rows[0]["abstract_mean"], 2)},
+        {
+            "what": "Perplexity, best variant",
+            "published": "9.83",
+            "ours": f"{_number(best['abstract_mean'], 2)} ({best['system']})" if best else "–",
+        },
+    ]
+    similar = [r for r in rows[1:] if r["similarity_with_prompt"] is not None]
+    if rows[0]["similarity_with_prompt"] is not None:
+        most = max(similar, key=lambda r: r["similarity_with_prompt"], default=None)
+        found += [
+            {
+                "what": "Similarity with the prompt on both sides, base",
+                "published": f"{PUBLISHED_SIMILARITY['base']:.2f}",
+                "ours": _number(rows[0]["similarity_with_prompt"], 2),
+            },
+            {
+                "what": "Similarity with the prompt on both sides, best variant",
+                "published": f"{PUBLISHED_SIMILARITY['fine-tuned']:.2f}",
+                "ours": f"{_number(most['similarity_with_prompt'], 2)} ({most['system']})" if most else "–",
+            },
+        ]
+    return found
+
+
+# Heading, measure, and how its mean is written.
+_COLUMNS = [
+    ("Similarity", "similarity", "{:.3f}".format),
+    ("Similarity with prompt", "similarity_with_prompt", "{:.3f}".format),
+    ("Tokens", "tokens", "{:.0f}".format),
+    ("Stopped by itself", "stopped", "{:.0%}".format),
+    ("Word entropy, bits", "entropy_1", "{:.2f}".format),
+    ("Pair entropy, bits", "entropy_2", "{:.2f}".format),
+    ("Distinct words", "distinct_1", "{:.0%}".format),
+    ("Distinct pairs", "distinct_2", "{:.0%}".format),
+    ("Repeated fours", "repeated_4", "{:.0%}".format),
+    ("Compression", "compression", "{:.2f}".format),
+]
+
+
+def _completions(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Tables of the test papers' completions, one for each decoding and stop, and memorisation."""
+    if "completions" not in summary:
+        return None
+    found = summary["completions"]
+    systems = [r["system"] for r in rows]
+    tables = []
+    for decoding, by_stop in found["figures"]["test"].items():
+        for stop, figures in by_stop.items():
+            columns = [c for c in _COLUMNS if c[1] in figures[BASE]]
+            lines = []
+            for name in [*systems, None]:
+                cells = []
+                for _, measure, form in columns:
+                    figure = figures[name][measure] if name else {"mean": found["reference"]["test"].get(measure)}
+                    mean, delta = figure["mean"], figure.get("delta")
+                    cells.append(
+                        {
+                            "mean": "–" if mean is None else form(mean),
+                            "delta": delta
+                            and f"{_signed(delta['mean'])} [{_signed(delta['low'])}, {_signed(delta['high'])}]",
+                            "sure": bool(delta) and figure["p_holm"] < 0.05,
+                        }
+                    )
+                lines.append({"system": name or "the true rest", "cells": cells})
+            tables.append({"decoding": decoding, "stop": stop, "heads": [c[0] for c in columns], "lines": lines})
+    memorisation = [{"system": name, **found["memorisation"][name]} for name in systems]
+    return {**found, "tables": tables, "memorisation": memorisation, "used": {c[1] for c in _COLUMNS}}
+
+
+def _of_its_completions(summary: dict[str, Any], name: str) -> list[str]:
+    """What the verdict says about a variant's completions: their similarity under the fair stop, and memorisation."""
+    if "completions" not in summary:
+        return []
+    found = summary["completions"]
+    decoding = found["settings"]["decodings"][0]
+    figures = found["figures"]["test"][decoding]["fair"]
+    said = []
+    similarity = figures[name].get("similarity", {})
+    if "delta" in similarity:
+        delta = similarity["delta"]
+        sure = "" if similarity["p_holm"] < 0.05 else ", which may be chance"
+        said.append(
+            f"Its completions of {found['papers']['test']} abstracts are "
+            f"{'closer to' if delta['mean'] > 0 else 'farther from'} the true rest than the base's, cut by the same "
+            f"rule: cosine similarity {similarity['mean']:.3f} against {figures[BASE]['similarity']['mean']:.3f}, "
+            f"difference {_signed(delta['mean'])} ({_signed(delta['low'])} to {_signed(delta['high'])}){sure}."
+        )
+    memorised = found["memorisation"][name]["test"]
+    said.append(
+        f"{_share(memorised['share'])} of its completions hold {found['settings']['memorised_words']} or more words "
+        "in a row of an abstract it was trained on."
+    )
+    return said
 
 
 def _reproduce(summary: dict[str, Any], manifests: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -271,6 +384,10 @@ def _p(value: float | None) -> str:
 
 def _short(digest: str | None) -> str:
     return (digest or "–")[:12]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}"
 
 
 def _seconds(value: float | None) -> str:

@@ -82,15 +82,40 @@ def paired_bootstrap(
         difference, resampled = each[name], means[2 + i]
         loss = variants[name]["nll_text"].sum() / tokens.sum()
         loss_resampled = means[2 + len(names) + i] / means[0]
-        other_side = 1 + min((resampled >= 0).sum(), (resampled <= 0).sum())
         spread = difference.std(ddof=1)
         found[name] = {
             "delta": _interval(difference.mean(), resampled),
             "token_delta": _interval(np.exp(loss) - np.exp(base_loss), np.exp(loss_resampled) - np.exp(base_resampled)),
             "nll_delta": _interval(loss - base_loss, loss_resampled - base_resampled),
-            "p": float(min(1.0, 2 * other_side / (resamples + 1))),
+            "p": _two_sided(resampled),
             "effect": float(difference.mean() / spread) if spread > 0 else 0.0,
             "share_better": float((difference < 0).mean()),
+        }
+    for name, p in zip(names, holm([found[name]["p"] for name in names]), strict=True):
+        found[name]["p_holm"] = p
+    return found
+
+
+def paired_means(
+    base: np.ndarray, variants: Mapping[str, np.ndarray], resamples: int = 9999, seed: int = 1
+) -> dict[str, dict[str, Any]]:
+    """As paired_bootstrap, of any figure that every abstract has one of: `delta`, `p`, `p_holm` and `effect`.
+
+    Abstracts that lack the figure (nan) under any system count for none; with fewer than two left there is nothing.
+    """
+    names = list(variants)
+    whole = np.isfinite(base) & np.all([np.isfinite(variants[name]) for name in names], axis=0)
+    if not names or whole.sum() < 2:
+        return {}
+    differences = np.stack([variants[name][whole] - base[whole] for name in names])
+    means = _bootstrap_means(differences, resamples, seed)
+    found: dict[str, dict[str, Any]] = {}
+    for name, difference, resampled in zip(names, differences, means, strict=True):
+        spread = difference.std(ddof=1)
+        found[name] = {
+            "delta": _interval(difference.mean(), resampled),
+            "p": _two_sided(resampled),
+            "effect": float(difference.mean() / spread) if spread > 0 else 0.0,
         }
     for name, p in zip(names, holm([found[name]["p"] for name in names]), strict=True):
         found[name]["p_holm"] = p
@@ -121,6 +146,12 @@ def _bootstrap_means(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
         batch=max(1, 2**24 // rows.size),  # 128 MiB at a time
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
+
+
+def _two_sided(resampled: np.ndarray) -> float:
+    """Twice the share of resamples on the other side of zero (Davison & Hinkley 1997, §4.2.3)."""
+    other_side = 1 + min((resampled >= 0).sum(), (resampled <= 0).sum())
+    return float(min(1.0, 2 * other_side / (len(resampled) + 1)))
 
 
 def _interval(mean: float, resampled: np.ndarray) -> dict[str, float]:

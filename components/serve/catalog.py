@@ -12,13 +12,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.common.engine import Engine, NoSlot, Refused
 from components.common.errors import UserError
 from components.common.names import BASE, slug
 from components.common.store import StoreError
 from components.common.telemetry import log
 from components.serve import metrics
 from components.serve.canary import Canary
-from components.serve.engine import Engine, NoSlot, Refused
 from components.serve.source import Offer, Offered, Source
 
 RETRY_SECONDS = 60.0  # a refused version is looked at again: its files may have been restored

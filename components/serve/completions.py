@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from components.common.engine import Busy, Dead, Engine, Sampling, Token, TooLong
 from components.common.models import prompt as prompt_ids
 from components.serve import metrics
 from components.serve.catalog import Catalog, Target
-from components.serve.engine import Busy, Dead, Engine, Sampling, Token, TooLong
 from components.serve.text import Detokenizer, Stopper
 
 
@@ -86,7 +86,6 @@ class Server:
     catalog: Catalog | None = None
     eos: frozenset[int] = frozenset()
     draining: bool = False
-    scoring: asyncio.Lock = field(default_factory=asyncio.Lock)  # the engine reads one text outside its batch at a time
     started: float = field(default_factory=time.time)
 
     @property
@@ -183,7 +182,7 @@ class Request:
         assert self.target is not None
         key = self.target.version.digest if self.target.version else None
         metrics.TOKENS.labels(self.label, "prompt").inc(len(ids))
-        async with asyncio.timeout_at(self.deadline), self.server.scoring:
+        async with asyncio.timeout_at(self.deadline):
             return await engine.score(key, ids, top)
 
 

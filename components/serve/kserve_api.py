@@ -31,11 +31,11 @@ from fastapi.requests import Request as HttpRequest  # noqa: E402
 from fastapi.responses import ORJSONResponse, PlainTextResponse, Response  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
 
+from components.common.engine import Sampling  # noqa: E402
 from components.common.errors import UserError  # noqa: E402
 from components.common.names import BASE, slug  # noqa: E402
 from components.common.telemetry import log  # noqa: E402
 from components.serve.completions import ApiError, Request, Server  # noqa: E402
-from components.serve.engine import Sampling  # noqa: E402
 from components.serve.front import Front, Keys, error_response  # noqa: E402
 from components.serve.openai_api import router  # noqa: E402
 from components.serve.workbench import add_workbench  # noqa: E402

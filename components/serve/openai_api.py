@@ -17,9 +17,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import ORJSONResponse, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from components.common.engine import Sampling, Token
 from components.common.names import BASE, slug
 from components.serve.completions import ApiError, Choice, Piece, Request, Server
-from components.serve.engine import Sampling, Token
 from components.serve.text import Detokenizer
 
 PREFIX = "/openai/v1"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.common.base import pin_base, split_pin
+from components.common.engine import Settings
 from components.common.errors import UserError
 from components.common.telemetry import log
-from components.serve.engine import Settings
 
 if TYPE_CHECKING:
     from components.common.models import Precision
@@ -105,10 +105,10 @@ async def _bring_up(
     canary_share: float,
 ) -> None:
     """Load the base, let it answer once, and open the registry."""
+    from components.common.engine import Sampling
     from components.serve import metrics
     from components.serve.canary import Canary
     from components.serve.catalog import Catalog
-    from components.serve.engine import Sampling
     from components.serve.source import RegistrySource
 
     engine, tokenizer, eos = await asyncio.to_thread(_load, base, precision, settings)
@@ -126,9 +126,9 @@ async def _bring_up(
 
 def _load(base: str, precision: "Precision", settings: Settings):
     """The engine, the tokenizer and the ids that end a text; minutes for a large base."""
+    from components.common.batching import BatchingEngine
     from components.common.models import best_device, check_fit, load_base, load_tokenizer
     from components.serve import metrics
-    from components.serve.batching import BatchingEngine
 
     tokenizer = load_tokenizer(base)
     model = load_base(base, precision, best_device(), attention="sdpa")

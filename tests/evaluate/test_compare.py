@@ -1,8 +1,10 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.common.errors import UserError
+from components.common.names import slug
 from components.common.sealed import read_manifest, seal
 from components.evaluate.compare import compare
 from components.evaluate.evaluate import SCHEMA
@@ -26,7 +29,12 @@ def better(evaluation, out, factor, order=1):
     manifest = read_manifest(evaluation)
     with seal(out, "evaluation", manifest.inputs, manifest.config) as folder:
         (folder.path / "scores").mkdir()
-        for name in (n for n in manifest.files if n.startswith("scores/")):
+        (folder.path / "completions").mkdir()
+        folder.facts |= manifest.facts
+        for name in manifest.files:
+            if name.startswith("completions/"):
+                shutil.copyfile(evaluation / name, folder.path / name)
+                continue
             table = pq.read_table(evaluation / name)
             rows = [r | {"nll_text": r["nll_text"] * factor} for r in table.to_pylist()][::order]
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder.path / name)
@@ -146,7 +154,9 @@ def test_the_tables_hold_every_system_and_the_published_figures(compared):
     for row in rows[1:]:
         assert float(row["token"]) == summary["variants"][row["system"]]["perplexity"]["token"]
     lines = (compared / "table.md").read_text().splitlines()
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    tables = [list(t) for bar, t in groupby(lines, lambda line: line.startswith("|")) if bar]
+    assert len(tables) == 1 + 4  # perplexity, and completions by decoding and stop
+    assert all(len({line.count("|") for line in t}) == 1 for t in tables)
     assert any("failed in train" in line for line in lines)
 
 
@@ -168,3 +178,137 @@ def test_abstract_mean_is_the_published_definition_computed_from_logits(compared
     assert found["abstract_mean"] == pytest.approx(expected, rel=1e-4)
     tokens = sum(n for n, _ in losses)
     assert found["token"] == pytest.approx(math.exp(sum(total for _, total in losses) / tokens), rel=1e-4)
+
+
+def completions_of(evaluations, system):
+    names = {"base": 0, QKV: 1, ALL: 2}
+    rows = pq.read_table(evaluations[names[system]] / "completions" / f"{slug(system)}.parquet").to_pylist()
+    return {(r["id"], r["decoding"]): r for r in rows}
+
+
+def test_measures_of_completions_are_paired_by_paper(compared, evaluations):
+    found = summary_of(compared)["completions"]
+    assert found["papers"] == {"test": 6}
+    for decoding in ("sampled", "greedy"):
+        for stop, before in (("plain", ""), ("fair", "fair_")):
+            for measure in ("similarity", "similarity_with_prompt", "distinct_2", "overlap"):
+                base, mine = (completions_of(evaluations, s) for s in ("base", QKV))
+                pairs = [(base[k][before + measure], mine[k][before + measure]) for k in base if k[1] == decoding]
+                pairs = [p for p in pairs if None not in p]
+                figure = found["figures"]["test"][decoding][stop][QKV][measure]
+                expected = sum(b - a for a, b in pairs) / len(pairs)
+                if len(pairs) == 6:  # a text too short for a measure leaves its paper out
+                    assert figure["delta"]["mean"] == pytest.approx(expected)
+                    assert figure["delta"]["low"] <= expected <= figure["delta"]["high"]
+                    assert figure["p"] <= figure["p_holm"] <= 1
+
+
+def test_completions_are_joined_by_name_and_paper(tmp_path, compared, evaluations, adapters, tiny_split):
+    turned = []
+    for evaluation in evaluations[::-1]:
+        manifest = read_manifest(evaluation)
+        with seal(tmp_path / evaluation.name, "evaluation", manifest.inputs, manifest.config) as folder:
+            folder.facts |= manifest.facts
+            for name in manifest.files:
+                (folder.path / name).parent.mkdir(exist_ok=True)
+                table = pq.read_table(evaluation / name)
+                pq.write_table(table.take(list(range(table.num_rows))[::-1]), folder.path / name)
+        turned.append(tmp_path / evaluation.name)
+    compare(turned, adapters, tiny_split, tmp_path / "out", config=QUICK)
+    assert summary_of(tmp_path / "out")["completions"]["figures"] == summary_of(compared)["completions"]["figures"]
+
+
+def changed_completions(evaluation, out, change, facts=None):
+    manifest = read_manifest(evaluation)
+    with seal(out, "evaluation", manifest.inputs, manifest.config) as folder:
+        folder.facts |= facts or manifest.facts
+        for name in manifest.files:
+            (folder.path / name).parent.mkdir(exist_ok=True)
+            table = pq.read_table(evaluation / name)
+            if name.startswith("completions/"):
+                table = pa.Table.from_pylist([r | change(r) for r in table.to_pylist()], table.schema)
+            pq.write_table(table, folder.path / name)
+    return out
+
+
+def test_completions_of_other_prompts_are_refused(tmp_path, evaluations, adapters, tiny_split):
+    other = changed_completions(evaluations[1], tmp_path / "other", lambda r: {"prompt": r["prompt"] + "!"})
+    with pytest.raises(UserError, match="did not complete the prompts that the base did"):
+        compare([evaluations[0], other, evaluations[2]], adapters, tiny_split, tmp_path / "out", config=QUICK)
+
+
+def test_memorisation_reaches_the_gate(tmp_path, evaluations, adapters, tiny_split):
+    from components.register.gate import Interval, Measured, Perplexity, Policy, judge
+
+    heart = changed_completions(
+        evaluations[1], tmp_path / "heart", lambda r: {"overlap": 6.0 if r["decoding"] == "greedy" else 5.0}
+    )
+    compare([evaluations[0], heart, evaluations[2]], adapters, tiny_split, tmp_path / "out", config=QUICK)
+    summary = summary_of(tmp_path / "out")
+    variant = summary["variants"][QKV]
+    assert variant["memorisation"] == 0.5  # the threshold is 6 words
+    assert summary["completions"]["memorisation"][QKV]["test"]["longest"] == 6
+    measured = Measured(
+        test=summary["test"]["digest"],
+        base=summary["base"]["digest"],
+        abstracts=summary["test"]["abstracts"],
+        base_perplexity=Perplexity.model_validate(summary["base"]["perplexity"]),
+        perplexity=Perplexity.model_validate(variant["perplexity"]),
+        delta=Interval.model_validate(variant["delta"]),
+        memorisation=variant["memorisation"],
+    )
+    clauses = {c.clause: c for c in judge(measured, Policy(maximum_memorisation=0.01)).clauses}
+    assert not clauses["maximum_memorisation"].passed
+    assert "memorisation is 0.5" in clauses["maximum_memorisation"].says
+
+
+def test_similarity_by_different_models_is_not_compared(tmp_path, evaluations, adapters, tiny_split):
+    manifest = read_manifest(evaluations[2])
+    model = {**manifest.facts["completions"]["similarity"], "digest": "d" * 64}
+    facts = {**manifest.facts, "completions": {**manifest.facts["completions"], "similarity": model}}
+    other = changed_completions(evaluations[2], tmp_path / "other", lambda r: {}, facts)
+    compare([*evaluations[:2], other], adapters, tiny_split, tmp_path / "out", config=QUICK)
+    found = summary_of(tmp_path / "out")["completions"]
+    assert "different models" in found["similarity"]["missing"]
+    assert "dddddddddddd" in found["similarity"]["missing"]
+    assert "similarity" not in found["figures"]["test"]["greedy"]["plain"][QKV]
+    assert "distinct_2" in found["figures"]["test"]["greedy"]["plain"][QKV]
+
+
+def test_completions_csv_holds_every_figure(compared):
+    rows = list(csv.DictReader((compared / "completions.csv").open()))
+    found = summary_of(compared)["completions"]["figures"]["test"]
+    assert {(r["decoding"], r["stop"]) for r in rows} == {(d, s) for d in found for s in ("plain", "fair")}
+    for r in rows:
+        figure = found[r["decoding"]][r["stop"]][r["system"]][r["measure"]]
+        assert r["mean"] == ("" if figure["mean"] is None else str(figure["mean"]))
+    table = {r["system"]: r for r in csv.DictReader((compared / "table.csv").open())}
+    assert float(table[QKV]["similarity"]) == found["sampled"]["plain"][QKV]["similarity"]["mean"]
+    assert table["base"]["similarity_delta"] == ""
+
+
+def test_variants_of_equal_tokens_are_compared_among_themselves(tmp_path, compared, evaluations, adapters, tiny_split):
+    budget = summary_of(compared)["budget"]
+    assert budget["matched"]
+    assert budget["steps"] == 3
+    best, (behind,) = budget["groups"][0]["best"], budget["groups"][0]["behind"]
+    assert {best, behind["system"]} == {QKV, ALL}
+    means = {n: v["perplexity"]["abstract_mean"] for n, v in summary_of(compared)["variants"].items()}
+    assert behind["delta"]["mean"] == pytest.approx(means[behind["system"]] - means[best])
+    manifest = read_manifest(adapters[ALL])
+    longer = reseal(adapters[ALL], tmp_path / "longer", facts={**manifest.facts, "train_tokens": 2400})
+    compare(evaluations, adapters | {ALL: longer}, tiny_split, tmp_path / "out", config=QUICK)
+    budget = summary_of(tmp_path / "out")["budget"]
+    assert (budget["matched"], budget["groups"], budget["smallest"], budget["spread"]) == (False, [], QKV, 3)
+    page = (tmp_path / "out/report.html").read_text()
+    assert "fixed number of epochs" in page
+    assert '{"train": {"steps": 3}}' in page
+
+
+def test_agreements_with_the_true_rest():
+    from components.evaluate.completed import agreements
+
+    parts = agreements("we find that the brane is stable", "it follows that the brane is not")
+    assert parts == [("we find", False), ("that the brane is", True), ("stable", False)]
+    assert agreements("a x b y c", "a b c") == [("a x b y c", False)]  # one word alone agrees by chance
+    assert agreements("", "a b") == []

@@ -12,7 +12,7 @@ from components.evaluate import evaluate as room
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.evaluate import evaluate
 
-FP32 = EvaluateConfig(precision="fp32")
+FP32 = EvaluateConfig(precision="fp32", completions=None)
 
 
 def reference(base, adapter, text):
@@ -67,7 +67,7 @@ def test_scores_do_not_depend_on_batches_shards_or_company(
     tmp_path, tiny_base, tiny_split, adapters, scored, monkeypatch
 ):
     monkeypatch.setattr(room, "SHARD", 5)
-    small = EvaluateConfig(precision="fp32", include_base=False, tokens_per_batch=64, tokens_per_head=7)
+    small = FP32.model_copy(update={"include_base": False, "tokens_per_batch": 64, "tokens_per_head": 7})
     name = "hep-ph+gr-qc/lora-all"
     evaluate(tiny_split, tiny_base, {name: adapters[name]}, tmp_path / "alone", small)
     assert [p.name for p in (tmp_path / "alone" / "scores").iterdir()] == ["hep-ph_gr-qc.lora-all.parquet"]
@@ -103,17 +103,17 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_digest(
 
 
 def test_a_damaged_shard_is_scored_again(tmp_path, tiny_base, tiny_split, scored, monkeypatch):
-    whole = room._write_shard
+    whole = room.write_shard
 
     def cut(table, path):
         whole(table, path)
         path.write_bytes(path.read_bytes()[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "_write_shard", cut)
+    monkeypatch.setattr(room, "write_shard", cut)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_split, tiny_base, {}, tmp_path / "out", FP32)
-    monkeypatch.setattr(room, "_write_shard", whole)
+    monkeypatch.setattr(room, "write_shard", whole)
     assert evaluate(tiny_split, tiny_base, {}, tmp_path / "out", FP32).facts["shards_resumed"] == 0
     assert pq.read_table(tmp_path / "out/scores/base.parquet") == pq.read_table(scored / "scores/base.parquet")
 
@@ -123,7 +123,7 @@ def test_a_finished_evaluation_returns_without_torch(scored, tiny_base, tiny_spl
         "import sys; from components.evaluate.evaluate import evaluate; "
         "from components.evaluate.config import EvaluateConfig; "
         f"m = evaluate({tiny_split!r}, {tiny_base!r}, { {k: str(v) for k, v in adapters.items()}!r}, {str(scored)!r}, "
-        "EvaluateConfig(precision='fp32')); assert 'torch' not in sys.modules; print(m.digest)"
+        "EvaluateConfig(precision='fp32', completions=None)); assert 'torch' not in sys.modules; print(m.digest)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == read_manifest(scored).digest

@@ -19,7 +19,11 @@ from pipelines import local
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-RECIPE = {"train": {"precision": "fp32", "learning_rate": 3e-3, "epochs": 2}, "evaluate": {"precision": "fp32"}}
+FEW = {"papers": 4, "max_new_tokens": 16, "similarity": None}
+RECIPE = {
+    "train": {"precision": "fp32", "learning_rate": 3e-3, "epochs": 2},
+    "evaluate": {"precision": "fp32", "completions": FEW},
+}
 GOOD, BAD = "hep-th/lora-qkv", "hep-th+q-bio+cs/lora-all"
 
 

@@ -63,7 +63,7 @@ def alone(tiny_base, adapters, tokenizer):
 
 
 _PROCESSES = multiprocessing.get_context("forkserver")  # the heavy imports once, for all servers
-_PROCESSES.set_forkserver_preload(["components.serve.kserve_api", "components.serve.batching"])
+_PROCESSES.set_forkserver_preload(["components.serve.kserve_api", "components.common.batching"])
 
 
 def _serve(log: str, registry: str, base: str, settings: dict) -> None:

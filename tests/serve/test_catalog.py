@@ -5,11 +5,11 @@ import random
 
 import pytest
 
+from components.common.engine import NoSlot
 from components.common.sealed import Manifest
 from components.common.store import StoreError
 from components.serve.canary import Canary
 from components.serve.catalog import Catalog
-from components.serve.engine import NoSlot
 from components.serve.source import Offer, Offered
 
 BASE = "b" * 64

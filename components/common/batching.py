@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -30,10 +30,11 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from components.common.engine import Busy, Dead, Load, NoSlot, Refused, Sampling, Settings, Token, TooLong
+from components.common.lora import Slots, Weights, install, read_adapter
 from components.common.packed import backbone, head
-from components.serve.engine import Busy, Dead, Load, NoSlot, Refused, Sampling, Settings, Token, TooLong
-from components.serve.lora import Slots, Weights, install, read_adapter
 
+T = TypeVar("T")
 PAGE = 16  # tokens of the cache given out at once
 
 
@@ -99,6 +100,7 @@ class BatchingEngine:
         self._seconds = 1.0  # of a request, smoothed: for Retry-After
         self._manager = _Manager(model, self._eos, settings, self._slots, self._requests, on_step)
         self._writing = asyncio.Lock()
+        self._standing = asyncio.Lock()  # whoever has the loop paused: it sets whose tokens are in the row
 
     def start(self) -> None:
         self._manager.start()
@@ -208,7 +210,7 @@ class BatchingEngine:
     async def score(self, adapter: str | None, tokens: Sequence[int], top: int) -> list[Token]:
         slot = self._enter(adapter)
         try:
-            return await asyncio.to_thread(self._score, slot.index if slot else 0, list(tokens), top)
+            return await self._in_turn(self._score, slot.index if slot else 0, list(tokens), top)
         finally:
             self._leave(slot)
 
@@ -230,7 +232,20 @@ class BatchingEngine:
         ids = torch.tensor([tokens], device=self.model.device)
         return backbone(self.model)(input_ids=ids, use_cache=False).last_hidden_state[0]
 
+    async def _in_turn(self, work: Callable[..., T], *arguments: Any) -> T:
+        """`work` in a thread that pauses the loop, one after another: upstream's pause lets several threads in.
+
+        The turn lasts until the work is done, even when whoever asked for it has gone.
+        """
+
+        async def turn() -> T:
+            async with self._standing:
+                return await asyncio.to_thread(work, *arguments)
+
+        return await asyncio.shield(asyncio.ensure_future(turn()))
+
     def _paused(self) -> Any:
+        """While the loop stands between two steps; only `_in_turn`."""
         if not self._manager.is_running():
             raise Dead("The engine has stopped; the server must be restarted.")
         return self._manager.pause()
@@ -245,7 +260,7 @@ class BatchingEngine:
             index = next((i for i in range(1, self.settings.max_adapters + 1) if i not in taken), None)
             if index is None:
                 raise NoSlot(f"all {self.settings.max_adapters} adapter slots are taken: raise max_adapters")
-            await asyncio.to_thread(self._write, index, weights, max(taken | {index}))
+            await self._in_turn(self._write, index, weights, max(taken | {index}))
             self._adapters[key] = _Slot(index)
 
     def _write(self, index: int, weights: Weights, highest: int) -> None:

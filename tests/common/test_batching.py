@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
+from components.common.batching import BatchingEngine
+from components.common.engine import Busy, Dead, NoSlot, Refused, Sampling, Settings, TooLong
+from components.common.lora import install
 from components.common.models import load_base, prompt
-from components.serve.batching import BatchingEngine
-from components.serve.engine import Busy, Dead, NoSlot, Refused, Sampling, Settings, TooLong
-from components.serve.lora import install
 from tests.serve.made import save_adapter
 
 SMALL = Settings(max_adapters=6, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=2048, queue=64)
@@ -340,7 +340,7 @@ def test_sampling_by_seed_does_not_depend_on_the_company(tiny_base, adapters, al
 
 
 def test_draws_follow_the_tempered_nucleus():
-    from components.serve.batching import _draw
+    from components.common.batching import _draw
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
     generator = torch.Generator().manual_seed(0)
@@ -360,7 +360,7 @@ def test_draws_follow_the_tempered_nucleus():
     st.integers(0, 99),
 )
 def test_a_draw_is_always_inside_the_nucleus(logits, top_p, temperature, seed):
-    from components.serve.batching import _draw
+    from components.common.batching import _draw
 
     logits = torch.tensor(logits)
     drawn = int(_draw(logits, Sampling(1, temperature, top_p), torch.Generator().manual_seed(seed)))
@@ -407,3 +407,25 @@ def test_scoring_under_load_changes_nobody(tiny_base, adapters, alone, tokenizer
             return await asyncio.gather(*tasks)
 
     assert run(scoring()) == [alone(v, ids_, 60) for v in (None, *adapters)]
+
+
+def test_scores_asked_for_at_once_are_those_of_each_adapter_alone(tiny_base, adapters, tokenizer):
+    """Also while an adapter is loaded and some of those who asked have gone."""
+    text, names = prompt(tokenizer, TEXTS[1] * 4), (None, *adapters)
+    values = lambda tokens: [t.logprob for t in tokens]
+
+    async def together():
+        async with running(tiny_base, adapters) as engine:
+            apart = [values(await engine.score(v, text, 0)) for v in names]
+            gone = [asyncio.ensure_future(engine.score(v, text, 0)) for v in names]
+            await asyncio.sleep(0.01)
+            for task in gone:
+                task.cancel()
+            loading = asyncio.ensure_future(engine.load_adapter("again", next(iter(adapters.values()))))
+            asked = await asyncio.gather(*(engine.score(v, text, 0) for v in names * 3))
+            await loading
+            return apart, [values(tokens) for tokens in asked]
+
+    apart, asked = run(together())
+    assert len({tuple(a) for a in apart}) == len(names)
+    assert asked == apart * 3

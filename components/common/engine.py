@@ -1,6 +1,6 @@
-"""What the endpoint asks of an engine, whichever it is, and the ways an engine says no.
+"""What the endpoint and the measurements ask of an engine, whichever it is, and the ways an engine says no.
 
-One implementation is here (`batching.py`: transformers' continuous batching). The rest of the room knows only
+One implementation is here (`batching.py`: transformers' continuous batching). Whoever completes texts knows only
 this file.
 """
 
