@@ -75,18 +75,21 @@ class Catalog:
             metrics.REGISTRY_ERRORS.inc()
             log.warning("registry: %s (serving what is loaded)", e)
             return
-        self.error, self.read = None, time.time()
-        metrics.REGISTRY_READ.set(self.read)
         await self._follow(offer)
+        self._was_read()
 
     async def _unchanged(self) -> bool:
         """Whether the registry is as it was and there is nothing to try again; one listing."""
         marker = await asyncio.to_thread(self.source.marker)
         if marker != self._marker or (self.refused and time.monotonic() >= self._again):
             return False
+        self._was_read()
+        return True
+
+    def _was_read(self) -> None:
+        """Only now: an endpoint is ready once it has read the registry and loaded what is in it."""
         self.error, self.read = None, time.time()
         metrics.REGISTRY_READ.set(self.read)
-        return True
 
     async def _follow(self, offer: Offer) -> None:
         wanted = dict(offer.names)

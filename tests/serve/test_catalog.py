@@ -190,3 +190,14 @@ def test_a_canary_that_fails_no_more_than_the_champion_stays(source):
         catalog.canary.count("champion", ONE, failed=i % 10 == 0)
         catalog.canary.count("canary", TWO, failed=i % 10 == 0)
     assert catalog.resolve("champion").version == TWO
+
+
+def test_the_registry_counts_as_read_only_when_what_is_in_it_is_loaded(source):
+    """`read` makes an endpoint ready: before, a pod that replaces another would not know the champion yet."""
+    source.names = {"hep-th.lora-all": ONE, "champion": ONE}
+    catalog = Catalog(source, Engine(), BASE)
+    real, seen = source.fetch, []
+    source.fetch = lambda *arguments: seen.append(catalog.read) or real(*arguments)
+    refreshed(catalog)
+    assert seen == [0.0]
+    assert catalog.read > 0
