@@ -214,8 +214,9 @@ def _runs_in(steps: Path) -> set[Path]:
 def _collect(steps: Path, folder: Path, arguments: dict[str, Any]) -> None:
     """Put the run's report, tables and summary into its own folder, as far as the steps got."""
     for comparison in steps.glob("compare*/comparison"):
-        for name in ("report.html", "table.md", "table.csv"):
-            shutil.copyfile(comparison / name, folder / name)
+        for name in ("report.html", "table.md", "table.csv", "completions.csv"):
+            if (comparison / name).is_file():  # completions can be left out
+                shutil.copyfile(comparison / name, folder / name)
         summary = json.loads((comparison / "summary.json").read_text())
         for registration in steps.glob("register*/registration/registration.json"):
             _add_registration(summary, json.loads(registration.read_text()))

@@ -88,7 +88,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         f"{best['perplexity']['abstract_mean']:.2f} on {n}.",
         f"Paired by abstract the difference is {_signed(delta['mean'])} "
         f"(95 % interval {_signed(delta['low'])} to {_signed(delta['high'])}; Holm-corrected p {_p(best['p_holm'])}); "
-        f"it is better on {best['share_better']:.0%} of the abstracts.",
+        f"it is better on {_share(best['share_better'])} of the abstracts.",
     ]
     if found["lead"] is not None:
         lead = found["lead"]
@@ -250,12 +250,12 @@ _COLUMNS = [
     ("Similarity", "similarity", "{:.3f}".format),
     ("Similarity with prompt", "similarity_with_prompt", "{:.3f}".format),
     ("Tokens", "tokens", "{:.0f}".format),
-    ("Stopped by itself", "stopped", "{:.0%}".format),
+    ("Stopped by itself", "stopped", lambda v: _share(v)),
     ("Word entropy, bits", "entropy_1", "{:.2f}".format),
     ("Pair entropy, bits", "entropy_2", "{:.2f}".format),
-    ("Distinct words", "distinct_1", "{:.0%}".format),
-    ("Distinct pairs", "distinct_2", "{:.0%}".format),
-    ("Repeated fours", "repeated_4", "{:.0%}".format),
+    ("Distinct words", "distinct_1", lambda v: _share(v)),
+    ("Distinct pairs", "distinct_2", lambda v: _share(v)),
+    ("Repeated fours", "repeated_4", lambda v: _share(v)),
     ("Compression", "compression", "{:.2f}".format),
 ]
 
@@ -301,12 +301,14 @@ def _of_its_completions(summary: dict[str, Any], name: str) -> list[str]:
     similarity = figures[name].get("similarity", {})
     if "delta" in similarity:
         delta = similarity["delta"]
-        sure = "" if similarity["p_holm"] < 0.05 else ", which may be chance"
+        how = "closer to" if delta["mean"] > 0 else "farther from"
+        if similarity["p_holm"] >= 0.05:
+            how = "not surely closer to or farther from"
         said.append(
-            f"Its completions of {found['papers']['test']} abstracts are "
-            f"{'closer to' if delta['mean'] > 0 else 'farther from'} the true rest than the base's, cut by the same "
-            f"rule: cosine similarity {similarity['mean']:.3f} against {figures[BASE]['similarity']['mean']:.3f}, "
-            f"difference {_signed(delta['mean'])} ({_signed(delta['low'])} to {_signed(delta['high'])}){sure}."
+            f"Its completions of {found['papers']['test']} abstracts are {how} the true rest than the base's, cut by "
+            f"the same rule: cosine similarity {similarity['mean']:.3f} against "
+            f"{figures[BASE]['similarity']['mean']:.3f}, difference {_signed(delta['mean'])} "
+            f"({_signed(delta['low'])} to {_signed(delta['high'])})."
         )
     memorised = found["memorisation"][name]["test"]
     said.append(
@@ -372,7 +374,9 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _signed(value: float) -> str:
-    digits = 2 if abs(value) >= 1 or value == 0 else min(6, 1 - math.floor(math.log10(abs(value))))
+    if value == 0:
+        return "0"
+    digits = 2 if abs(value) >= 1 else min(6, 1 - math.floor(math.log10(abs(value))))
     return f"{value:+,.{digits}f}".replace("-", "−")
 
 
@@ -387,7 +391,9 @@ def _short(digest: str | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}"
+    if value is None:
+        return "–"
+    return f"{100 * value:.{1 if 0 < value < 0.1 else 0}f} %"
 
 
 def _seconds(value: float | None) -> str:
