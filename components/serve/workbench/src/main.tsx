@@ -149,7 +149,7 @@ function Workbench() {
         <h1>
           feyntune <span>workbench</span>
         </h1>
-        <p class="quiet">{models[0] ? `one base, ${models[0].root}, and its adapters, side by side` : " "}</p>
+        <p class="quiet">{models[0] ? `one base model (${models[0].root}) and its adapters, side by side` : " "}</p>
       </header>
       <form
         aria-label="What to ask"
