@@ -347,6 +347,7 @@ def test_without_the_prometheus_operator_monitoring_is_left_out():
         ({"networkPolicy": {"servingFrom": [{"podselector": {}}]}}, "podselector"),
         ({"monitoring": {"enabled": True}}, "enabled"),
         ({"pushgateway": {"image": "prom/pushgateway"}}, "image"),
+        ({"kueue": {"memory": "much"}}, "memory"),
     ],
 )
 def test_a_misspelt_or_impossible_value_is_refused_by_name(values, names):
