@@ -110,4 +110,4 @@ step load 3 "$RIG/images" load docker.io/feyntune/{worker,predictor,trainer}:"$V
 
 say "runs the tests"
 PYTHONPATH=$PWD OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false FEYNTUNE_POD_HOST=$RIG_POD_HOST \
-  "$PYTHON" -m pytest -m cluster tests/cluster --durations=0 -p no:cacheprovider "$@"
+  "$PYTHON" -m pytest -m cluster tests/cluster --durations=0 "$@"

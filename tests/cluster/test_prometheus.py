@@ -153,7 +153,8 @@ def _running(tmp: Path, ports: dict[str, int]) -> Iterator[Prometheus]:
                 with contextlib.suppress(httpx.TransportError):
                     if httpx.get(f"{url}/-/ready").status_code == 200:
                         break
-                assert process.poll() is None and time.monotonic() < until, (tmp / "log").read_text()
+                assert process.poll() is None, (tmp / "log").read_text()
+                assert time.monotonic() < until, (tmp / "log").read_text()
                 time.sleep(0.1)
             yield Prometheus(url)
         finally:
