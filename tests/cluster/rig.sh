@@ -18,6 +18,7 @@ PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 VERSION=$(sed -n 's/^appVersion: *//p' charts/feyntune/Chart.yaml)
 SEAWEEDFS=$(sed -n 's/^ *image: docker.io\/chrislusf\/seaweedfs://p' charts/feyntune/values.yaml)
 SLIM=docker.io/library/python:3.11-slim-bookworm
+export RIG_TMPFS=${RIG_TMPFS:-14g} # room for three images with torch in two of them
 started=() compiling='' t_all=$SECONDS
 rm -rf "$LOGS"
 mkdir -p "$LOGS"
@@ -61,12 +62,11 @@ trap clean EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-use() { # what a part tells of itself; without `eval "$(…)"` a failure would pass for nothing to say
+use() { # what a part tells of itself; with `eval "$(…)"` alone a failure would pass for nothing to say
   local told
-  told=$("$RIG/$1" env)
-  eval "$told"
+  told=$("$RIG/$1" env) && eval "$told"
 }
-runs() { (set -e && use "$1" && eval "$2") >/dev/null 2>&1; }
+runs() { (use "$1" && eval "$2") >/dev/null 2>&1; }
 
 image() { # NAME ARGUMENTS...
   local name=$1
@@ -103,9 +103,9 @@ use cluster
 step gpu 3 "$RIG/cluster" gpu 3
 kubectl taint node "$RIG_NODE" nvidia.com/gpu- >/dev/null # the tests taint it while a run needs that
 runs s3 'curl -sf -m 5 -o /dev/null "$S3_ENDPOINT"' || started+=(s3)
-step s3-up 3 "$RIG/s3" up --bind "$RIG_POD_HOST"
+step s3-up 5 "$RIG/s3" up --bind "$RIG_POD_HOST"
 use s3
-step load 3 "$RIG/images" load docker.io/feyntune/{worker,predictor,trainer}:"$VERSION" \
+step load 2 "$RIG/images" load docker.io/feyntune/{worker,predictor,trainer}:"$VERSION" \
   "docker.io/chrislusf/seaweedfs:$SEAWEEDFS"
 
 say "runs the tests"

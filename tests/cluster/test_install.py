@@ -126,12 +126,14 @@ def store(cluster: None, bucket: str, tiny_base: str) -> Store:
     return opened
 
 
-def test_the_cluster_takes_every_object_of_the_default_installation(cluster):
+def test_the_cluster_takes_every_object_of_an_installation_with_everything(cluster):
     """The API server's own check, CRDs included. Bare pods are left out: without their account they are refused."""
-    made = render({"kubeflow": {"mode": "profile"}}, namespace=NAMESPACE)
+    options = {"kueue": {"enabled": True}, "pushgateway": {"enabled": True}, "serving": {"replicas": 2}}
+    made = render({"kubeflow": {"mode": "profile"}, **options}, namespace=NAMESPACE)
     known = kubectl("api-versions").split()
     objects = [o for o in made if o["apiVersion"] in known and o["kind"] != "Pod"]
-    assert {"ServingRuntime", "InferenceService", "StatefulSet", "NetworkPolicy"} <= {o["kind"] for o in objects}
+    kinds = {"ServingRuntime", "InferenceService", "StatefulSet", "NetworkPolicy", "PrometheusRule", "ClusterQueue"}
+    assert kinds <= {o["kind"] for o in objects}
     text = yaml.safe_dump_all(objects)
     kubectl("apply", "-n", NAMESPACE, "--dry-run=server", "-f", "-", stdin=text)
 
@@ -162,9 +164,9 @@ def test_helm_test_passes(store):
 
 def test_a_run_goes_through_pods_of_our_images_though_its_training_is_killed(store, bucket):
     """The training's pod is deleted once it has saved; the run ends, and the same run started again goes on."""
-    text = adapt((COMPILED / "variant.yaml").read_text(), Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}))
+    text = adapt((COMPILED / "suite.yaml").read_text(), Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}))
     arguments = {
-        "variant": VARIANT,
+        "variants": [VARIANT],
         "source": "synthetic:900",
         "until": "",
         "base": f"s3://{bucket}/base",
