@@ -1,5 +1,7 @@
 # make run    make the environment, a tiny base model, and run the whole compiled pipeline on this machine
 # make test   make the environment, check the code and run every test that needs no cluster
+# make test-cluster   the chart, the images and a run on the cluster of KUBECONFIG
+# make test-rig RIG=  the same on a cluster made for it on this machine, by the commands in that folder
 # make workbench   build the page that the endpoint shows browsers (`make run` and `make test` do it too)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -7,7 +9,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: run test test-fast test-cluster lint format env workbench lock compile reference docs clean
+.PHONY: run test test-fast test-cluster test-rig lint format env workbench lock compile reference docs clean
 
 run: env
 	@$(MAKE) -s workbench || echo "the workbench page is not built (is an npm registry reached?); all else goes on without it"
@@ -22,6 +24,10 @@ test-fast: env lint workbench
 test-cluster: env
 	@test -n "$$KUBECONFIG" || { echo "KUBECONFIG is not set: name the cluster to test on"; exit 1; }
 	$(PYTEST) -m cluster tests/cluster
+
+test-rig: env
+	@test -n "$(RIG)" || { echo "RIG is not set: name the folder with the commands tools, images, cluster and s3"; exit 1; }
+	tests/cluster/rig.sh "$(RIG)"
 
 lint: env
 	$(BIN)/ruff check .

@@ -325,6 +325,22 @@ def test_a_missing_prerequisite_is_said_in_one_sentence(missing, values, says):
         render(values, [api for api in APIS if api != missing])
 
 
+@pytest.mark.parametrize(
+    ("values", "apis", "says"),
+    [
+        ({}, APIS, ["helm test feyntune -n feyntune", "feyntune submit --pipeline variant", "svc/feyntune-predictor"]),
+        ({}, APIS[:2], ["Monitoring is off: the Prometheus operator is not on this cluster"]),
+        ({"kubeflow": {"enabled": False}, "serving": {"kind": "none"}}, APIS,
+         ["Pipelines are off", "feyntune run", "feyntune registry ls --registry s3://feyntune/registry"]),
+    ],
+)  # fmt: skip
+def test_the_notes_tell_the_next_commands_and_what_is_off(values, apis, says):
+    with helm_python.Chart.load(CHART) as chart:
+        made = chart.render({**values, "assumeAPIs": apis}, name="feyntune", namespace="feyntune", is_install=True)
+    notes = next(text for name, text in made.items() if name.endswith("NOTES.txt"))
+    assert not [words for words in says if words not in notes], notes
+
+
 def test_without_the_prometheus_operator_monitoring_is_left_out():
     objects = render({}, ["kubeflow.org/v1beta1", "serving.kserve.io/v1beta1"])
     assert not kinds(objects) & {"PrometheusRule", "PodMonitor", "ServiceMonitor"}
@@ -353,6 +369,7 @@ def test_without_the_prometheus_operator_monitoring_is_left_out():
         ({"networkPolicy": {"servingFrom": [{"podselector": {}}]}}, "podselector"),
         ({"monitoring": {"enabled": True}}, "enabled"),
         ({"pushgateway": {"image": "prom/pushgateway"}}, "image"),
+        ({"kueue": {"memory": "much"}}, "memory"),
     ],
 )
 def test_a_misspelt_or_impossible_value_is_refused_by_name(values, names):

@@ -4,9 +4,14 @@ import json
 from typing import Any, Literal
 
 import pytest
+import yaml
 from pydantic import BaseModel, ConfigDict
 
-from tests.cluster.charts import CASES, render
+from pipelines.compile import COMPILED
+from tests.cluster.charts import CASES, ROOT, render
+from tests.cluster.driver import pod_of
+
+QUEUES = ROOT / "manifests" / "kueue" / "queues.yaml"
 
 
 class Strict(BaseModel):
@@ -74,7 +79,7 @@ class PrometheusRule(Strict):
 
 class Quota(Strict):
     name: str
-    nominalQuota: int
+    nominalQuota: int | str
 
 
 class Flavor(Strict):
@@ -165,6 +170,26 @@ def unfitting(value: Any, kind: str, path: str = "") -> Any:
                 yield f"{where} is not a field of {kind}"
             else:
                 yield from unfitting(inner, model.openapi_types[names[key]], where)
+
+
+def test_the_queue_covers_every_resource_that_a_training_pod_requests(objects):
+    """Kueue never admits a pod that requests what its queue leaves out (kubernetes-sigs/kueue, issue 4848)."""
+    spec, platform = yaml.safe_load_all((COMPILED / "suite.yaml").read_text())
+    extras = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    requested: set[str] = set()
+    for name, executor in spec["deploymentSpec"]["executors"].items():
+        if "accelerator" in executor["container"]["resources"]:
+            resources = pod_of("step", executor["container"], extras[name])["spec"]["containers"][0]["resources"]
+            requested |= resources["requests"].keys() | resources["limits"].keys()
+    assert {"nvidia.com/gpu", "cpu", "memory"} <= requested
+    queues = [o["spec"] for o in objects if o["kind"] == "ClusterQueue"]
+    shared = next(o["spec"] for o in yaml.safe_load_all(QUEUES.read_text()) if o["kind"] == "ClusterQueue")
+    for queue in [*queues, shared]:
+        groups = queue["resourceGroups"]
+        assert {r for group in groups for r in group["coveredResources"]} >= requested
+        for group in groups:
+            for flavor in group["flavors"]:
+                assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
 
 
 def test_the_dashboard_is_found_by_grafana(objects):

@@ -10,7 +10,6 @@ The tests run in the order they stand in; each builds on those before it.
 import json
 import os
 import secrets
-import subprocess
 import threading
 import time
 import urllib.request
@@ -21,15 +20,17 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client, config
+from kubernetes import client
 from werkzeug.serving import make_server
 
 from components.common.store import Store, open_store, push
 from components.register.registry import Registry
 from pipelines.adapt import Settings, adapt
 from pipelines.compile import COMPILED
+from tests.cluster import live
 from tests.cluster.charts import CHART, render
 from tests.cluster.driver import Driver, StepFailed
+from tests.cluster.live import forwarded, kubectl
 from tests.servers.kubeflow import Kubeflow
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -44,38 +45,14 @@ RECIPE = {
 DROPPED: list[str] = []
 
 
-def kubectl(*arguments: str, stdin: str | None = None) -> str:
-    done = subprocess.run(["kubectl", *arguments], input=stdin, capture_output=True, text=True)
-    assert done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
-    return done.stdout
-
-
 def helm(*arguments: str) -> str:
-    done = subprocess.run(["helm", *arguments, "-n", NAMESPACE], capture_output=True, text=True)
-    assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stdout}{done.stderr}{_state()}"
-    return done.stdout
-
-
-def _state() -> str:
-    """What a failed command's message ends with."""
-    pods = subprocess.run(["kubectl", "-n", NAMESPACE, "get", "pods", "-o", "wide"], capture_output=True, text=True)
-    logs = ""
-    for name in [line.split()[0] for line in pods.stdout.splitlines()[1:]]:
-        said = subprocess.run(["kubectl", "-n", NAMESPACE, "logs", "--tail=15", name], capture_output=True, text=True)
-        logs += f"--- {name}\n{said.stdout}{said.stderr}"
-    return f"\n{pods.stdout}\n{logs}"
+    return live.helm(NAMESPACE, *arguments)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """The cluster of KUBECONFIG, with an empty namespace that is removed at the end."""
-    if "KUBECONFIG" not in os.environ:
-        pytest.fail("KUBECONFIG is not set: `make test-cluster` needs a cluster")
-    config.load_kube_config()
-    subprocess.run(["kubectl", "delete", "namespace", NAMESPACE, "--ignore-not-found"], check=True)
-    kubectl("create", "namespace", NAMESPACE)
-    yield
-    subprocess.run(["kubectl", "delete", "namespace", NAMESPACE, "--wait=false"], check=False)
+    with live.namespace(NAMESPACE):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +126,14 @@ def store(cluster: None, bucket: str, tiny_base: str) -> Store:
     return opened
 
 
-def test_the_cluster_takes_every_object_of_the_default_installation(cluster):
+def test_the_cluster_takes_every_object_of_an_installation_with_everything(cluster):
     """The API server's own check, CRDs included. Bare pods are left out: without their account they are refused."""
-    made = render({"kubeflow": {"mode": "profile"}}, namespace=NAMESPACE)
+    options = {"kueue": {"enabled": True}, "pushgateway": {"enabled": True}, "serving": {"replicas": 2}}
+    made = render({"kubeflow": {"mode": "profile"}, **options}, namespace=NAMESPACE)
     known = kubectl("api-versions").split()
     objects = [o for o in made if o["apiVersion"] in known and o["kind"] != "Pod"]
-    assert {"ServingRuntime", "InferenceService", "StatefulSet", "NetworkPolicy"} <= {o["kind"] for o in objects}
+    kinds = {"ServingRuntime", "InferenceService", "StatefulSet", "NetworkPolicy", "PrometheusRule", "ClusterQueue"}
+    assert kinds <= {o["kind"] for o in objects}
     text = yaml.safe_dump_all(objects)
     kubectl("apply", "-n", NAMESPACE, "--dry-run=server", "-f", "-", stdin=text)
 
@@ -185,9 +164,9 @@ def test_helm_test_passes(store):
 
 def test_a_run_goes_through_pods_of_our_images_though_its_training_is_killed(store, bucket):
     """The training's pod is deleted once it has saved; the run ends, and the same run started again goes on."""
-    text = adapt((COMPILED / "variant.yaml").read_text(), Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}))
+    text = adapt((COMPILED / "suite.yaml").read_text(), Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}))
     arguments = {
-        "variant": VARIANT,
+        "variants": [VARIANT],
         "source": "synthetic:900",
         "until": "",
         "base": f"s3://{bucket}/base",
@@ -238,6 +217,16 @@ def test_the_champion_answers_through_the_service(store, bucket):
     assert {"base", "champion", NAME} <= set(names)
     made = _complete("champion")
     assert made["usage"]["completion_tokens"] > 0
+
+
+def test_no_log_of_any_pod_has_a_key_in_it(store):
+    """Steps, Jobs, tests and the endpoint; and what Helm tells of the release."""
+    pods = kubectl("-n", NAMESPACE, "get", "pods", "-o", "name").split()
+    logs = {pod: kubectl("-n", NAMESPACE, "logs", pod, "--all-containers") for pod in pods}
+    assert len([log for log in logs.values() if log.strip()]) > 10
+    told = {what: helm("get", what, "feyntune") for what in ("manifest", "values", "notes", "hooks")}
+    for secret in (os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]):
+        assert not [name for name, text in {**logs, **told}.items() if secret in text]
 
 
 def test_a_killed_endpoint_comes_back_with_the_champion(store):
@@ -295,23 +284,6 @@ def _gpu_nodes_tainted() -> Iterator[list[dict[str, str]]]:
             kubectl("taint", "node", *with_gpus, f"{key}-")
 
 
-@contextmanager
-def _service() -> Iterator[str]:
-    """The address of a port forwarded to a ready pod of the endpoint, for as long as that pod lives."""
-    process = subprocess.Popen(
-        ["kubectl", "-n", NAMESPACE, "port-forward", "service/feyntune-predictor", ":80"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        yield "http://127.0.0.1:" + line.split(" -> ")[0].rpartition(":")[2]
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
@@ -320,13 +292,13 @@ def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def _models() -> list[str]:
-    with _service() as url:
+    with forwarded(NAMESPACE, "feyntune-predictor", 80) as url:
         return [m["id"] for m in _ask(f"{url}/openai/v1/models")["data"]]
 
 
 def _complete(model: str) -> Any:
     prompt = {"model": model, "prompt": "We study the", "max_tokens": 12, "temperature": 0}
-    with _service() as url:
+    with forwarded(NAMESPACE, "feyntune-predictor", 80) as url:
         return _ask(f"{url}/openai/v1/completions", prompt)
 
 
@@ -355,9 +327,11 @@ def _traffic() -> Iterator[None]:
         "metadata": {"name": "traffic", "namespace": NAMESPACE},
         "spec": {
             "restartPolicy": "Never",
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
             "containers": [
                 {
                     "name": "traffic",
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                     "image": "feyntune/worker:0.1.0",
                     "imagePullPolicy": "IfNotPresent",
                     "command": ["python3", "-c", TRAFFIC],
