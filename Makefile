@@ -73,8 +73,6 @@ components/serve/page/index.html: $(wildcard $(WORKBENCH)/*.json $(WORKBENCH)/*.
 
 # Hashes, but no download addresses: anybody's package index serves.
 lock:
-	$(BIN)/uv pip compile -q requirements/dev.in -c requirements/torch.txt --generate-hashes --no-header --no-annotate \
-	  --no-emit-index-url --no-emit-package torch --python-version 3.11 -o requirements/dev.txt
 	requirements/lock.sh $(CURDIR)/$(BIN)/uv
 
 clean:

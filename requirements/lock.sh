@@ -13,6 +13,9 @@ skip=$(printf -- '--no-emit-package %s ' $cuda)
 others=$(grep -oE '^[a-z0-9-]+==' torch-cuda.txt | tr -d '=' | grep -vxF "$cuda")
 compile torch.txt $(printf -- '--no-emit-package %s ' $others) -o torch-cuda.txt
 
+# For people and CI: everything but torch and its CUDA libraries.
+compile dev.in -c torch.txt $skip -o dev.txt
+
 # The same versions as in dev.txt, so that what is tested is what ships.
 for image in worker trainer predictor; do
   compile $image.in -c torch.txt -c dev.txt $skip -o $image.txt
