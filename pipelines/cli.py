@@ -645,8 +645,8 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Have other models complete the same beginnings, as systems to compare."""
-    from components.evaluate.ask import AskConfig, ask
-    from components.evaluate.endpoints import load_endpoints
+    from components.evaluate.people.ask import AskConfig, ask
+    from components.evaluate.people.endpoints import load_endpoints
 
     setup(quiet=as_json)
     known = load_endpoints(endpoints)
@@ -670,8 +670,8 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Have a language model judge completions in pairs, blind and in both orders."""
-    from components.evaluate.endpoints import load_endpoints
-    from components.evaluate.judges import JudgeConfig, judge
+    from components.evaluate.people.endpoints import load_endpoints
+    from components.evaluate.people.judges import JudgeConfig, judge
 
     setup(quiet=as_json)
     settings = {"papers": papers, "pairs": pairs, "show_reference": show_reference}
@@ -705,7 +705,7 @@ def study_make(
     seed: Annotated[Optional[int], typer.Option(help="Of the draws; a fresh one by default, kept in the key.")] = None,  # noqa: UP045
 ) -> None:
     """Draw papers and write one blind sheet a rater, and the key apart from them."""
-    from components.evaluate.study import StudyConfig, make
+    from components.evaluate.people.study import StudyConfig, make
 
     setup()
     settings = {"raters": rater, "papers": papers, "common": common, "show_reference": show_reference}
@@ -723,7 +723,7 @@ def study_serve(
     url: Annotated[Optional[str], typer.Option(help="Address raters reach it by, if another.")] = None,  # noqa: UP045
 ) -> None:
     """Serve a page to score on; prints a link for every rater."""
-    from components.evaluate.study_page import serve
+    from components.evaluate.people.study_page import serve
 
     setup()
     serve(study, scores, host, port, url)
@@ -738,7 +738,7 @@ def study_score(
     as_json: Json = False,
 ) -> None:
     """Check returned sheets row by row, and say what they mean."""
-    from components.evaluate.study import score
+    from components.evaluate.people.study import score
 
     setup(quiet=as_json)
     score(study, key, sheets, out)

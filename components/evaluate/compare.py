@@ -13,9 +13,9 @@ from components.common.errors import UserError
 from components.common.names import BASE, slug
 from components.common.sealed import MANIFEST, Manifest, open_sealed, read_manifest, seal
 from components.evaluate import completed, statistics
-from components.evaluate import people as heard
 from components.evaluate.config import CompareConfig, decisive
 from components.evaluate.evaluate import category_of
+from components.evaluate.people import sections as heard
 from components.evaluate.report import budget, render, verdict
 
 # Perplexity on the hep-th test set, mean over abstracts (FeynTune, arXiv 2508.03716).

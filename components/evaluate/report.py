@@ -33,7 +33,7 @@ def render(
         curves: each variant's curve.json.
         counts, audit: of the corpus (may be empty) and of the split.
         manifests: "split", "evaluation", perhaps "corpus", and each variant's adapter.
-        people: the study and the judges (components.evaluate.people.page).
+        people: the study and the judges (components.evaluate.people.sections.page).
     """
     here = Path(__file__).parent
     environment = Environment(

@@ -71,7 +71,9 @@ runs() { (use "$1" && eval "$2") >/dev/null 2>&1; }
 image() { # NAME ARGUMENTS...
   local name=$1
   shift
+  # node has certificates of its own and is told of the machine's
   "$RIG/images" build -t "docker.io/feyntune/$name:$VERSION" --build-arg VERSION="$VERSION" \
+    --env NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt \
     --build-arg REVISION="$(git rev-parse HEAD 2>/dev/null || echo unknown)" "$@" -f "images/$name/Dockerfile" .
 }
 

@@ -10,9 +10,9 @@ from typing import Any
 from components.common.errors import UserError
 from components.common.names import BASE
 from components.common.sealed import Manifest, open_sealed
-from components.evaluate.gather import completions_in
+from components.evaluate.people.gather import completions_in
+from components.evaluate.people.study_figures import AGREEMENT, OTHERS, markdown
 from components.evaluate.report import ticks
-from components.evaluate.study_figures import AGREEMENT, OTHERS, markdown
 
 HOW_JUDGED = {
     "win_rate": (

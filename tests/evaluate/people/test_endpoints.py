@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from components.common.errors import UserError
-from components.evaluate.endpoints import Endpoint, Question, ask, load_endpoints
+from components.evaluate.people.endpoints import Endpoint, Question, ask, load_endpoints
 from tests.servers.openai import OpenAI
 
 KEY = "sk-test-0123456789abcdef"
@@ -193,7 +193,7 @@ RUN = textwrap.dedent(
     """
     import sys
     from pathlib import Path
-    from components.evaluate.endpoints import Endpoint, Question, ask
+    from components.evaluate.people.endpoints import Endpoint, Question, ask
     from components.common.errors import Interrupted
     e = Endpoint(name="m", base_url=sys.argv[1], model="b", price_in=1, price_out=1, cap=9, at_once=2, timeout=60)
     try:

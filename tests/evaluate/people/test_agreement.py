@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from components.evaluate.agreement import alpha, icc, interval_over_papers, over_papers
+from components.evaluate.people.agreement import alpha, icc, interval_over_papers, over_papers
 
 # Shrout & Fleiss, Psychological Bulletin 86 (1979) 420, table 2: four judges of six targets.
 SHROUT_FLEISS = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float)

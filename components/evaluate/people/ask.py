@@ -13,9 +13,9 @@ from components.common.errors import UserError
 from components.common.names import BASE
 from components.common.sealed import MANIFEST, Manifest, open_sealed, seal
 from components.common.telemetry import log
-from components.evaluate import endpoints
-from components.evaluate.endpoints import Answer, Endpoint, Question
-from components.evaluate.gather import Choice, completions_in, gather
+from components.evaluate.people import endpoints
+from components.evaluate.people.endpoints import Answer, Endpoint, Question
+from components.evaluate.people.gather import Choice, completions_in, gather
 
 SCHEMA = pa.schema(
     [
@@ -47,7 +47,7 @@ class AskConfig(BaseModel):
     """Which beginnings are completed.
 
     Attributes:
-        rule, split: see components.evaluate.gather.Choice.
+        rule, split: see components.evaluate.people.gather.Choice.
         papers: how many; always the same ones, those of a smaller number among them.
     """
 

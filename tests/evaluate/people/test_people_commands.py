@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from components.common.errors import UserError
 from components.common.sealed import open_sealed
 from pipelines.cli import app
-from tests.evaluate.test_judges import fair_judge
-from tests.evaluate.written import QKV, make_evaluation
+from tests.evaluate.people.test_judges import fair_judge
+from tests.evaluate.people.written import QKV, make_evaluation
 from tests.servers.openai import OpenAI
 
 

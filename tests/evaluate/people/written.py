@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from components.common.names import BASE, slug
 from components.common.sealed import read_manifest, seal
-from components.evaluate.ask import SCHEMA
+from components.evaluate.people.ask import SCHEMA
 
 QKV, ALL = "hep-th/lora-qkv", "hep-ph+gr-qc/lora-all"
 SEEDS = (3, 7)

@@ -10,10 +10,10 @@ import pytest
 
 from components.common.errors import UserError
 from components.common.sealed import SealError, open_sealed
-from components.evaluate.agreement import alpha, icc
-from components.evaluate.study import SCALE, StudyConfig, make, read_sheet, score, sheet
-from components.evaluate.study_figures import category
-from tests.evaluate.written import ALL, QKV, make_evaluation
+from components.evaluate.people.agreement import alpha, icc
+from components.evaluate.people.study import SCALE, StudyConfig, make, read_sheet, score, sheet
+from components.evaluate.people.study_figures import category
+from tests.evaluate.people.written import ALL, QKV, make_evaluation
 
 CONFIG = StudyConfig(raters=["ann", "bob", "cy"], papers=7, common=3)
 GIFT = {"base": 3, QKV: 5, ALL: 6, "claude": 8}  # what a system's texts are worth

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from components.common.errors import UserError
 from components.common.sealed import open_sealed
-from components.evaluate.study import SCALE, check, read_sheet, sheet
+from components.evaluate.people.study import SCALE, check, read_sheet, sheet
 
 HEADERS = {
     "Content-Security-Policy": (

@@ -6,11 +6,11 @@ import pytest
 
 from components.common.errors import UserError
 from components.common.sealed import open_sealed
-from components.evaluate.ask import AskConfig, ask, fair_stop
-from components.evaluate.endpoints import Endpoint
-from components.evaluate.gather import Choice, gather
-from components.evaluate.judges import JudgeConfig, Verdict, judge, parse
-from tests.evaluate.written import ALL, QKV, SEEDS, completion_rows, make_evaluation
+from components.evaluate.people.ask import AskConfig, ask, fair_stop
+from components.evaluate.people.endpoints import Endpoint
+from components.evaluate.people.gather import Choice, gather
+from components.evaluate.people.judges import JudgeConfig, Verdict, judge, parse
+from tests.evaluate.people.written import ALL, QKV, SEEDS, completion_rows, make_evaluation
 from tests.servers.openai import OpenAI
 
 QUICK = JudgeConfig(papers=8, resamples=499)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from components.common.names import BASE, METHODS
-from components.evaluate.agreement import alpha, icc, interval_over_papers, over_papers
+from components.evaluate.people.agreement import alpha, icc, interval_over_papers, over_papers
 from components.evaluate.statistics import holm
 
 OTHERS = "other models"  # behind endpoints; FeynTune's are commercial ones
@@ -36,7 +36,7 @@ HOW = {
     ),
 }
 
-Rating = Mapping[str, Any]  # a row of components.evaluate.study.RATINGS
+Rating = Mapping[str, Any]  # a row of components.evaluate.people.study.RATINGS
 
 
 def category(system: str) -> str:

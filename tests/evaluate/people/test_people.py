@@ -9,15 +9,15 @@ import pytest
 from components.common.errors import UserError
 from components.common.names import slug
 from components.evaluate.compare import compare
-from components.evaluate.endpoints import Endpoint
-from components.evaluate.judges import JudgeConfig, judge
-from components.evaluate.study import StudyConfig, make, score
+from components.evaluate.people.endpoints import Endpoint
+from components.evaluate.people.judges import JudgeConfig, judge
+from components.evaluate.people.study import StudyConfig, make, score
 from tests.browser import browser  # noqa: F401
 from tests.evaluate.conftest import ALL, QKV, QUICK
 from tests.evaluate.looking import errors, look_at, requested, resize, visit
-from tests.evaluate.test_judges import shown
-from tests.evaluate.test_study import fill
-from tests.evaluate.written import with_completions
+from tests.evaluate.people.test_judges import shown
+from tests.evaluate.people.test_study import fill
+from tests.evaluate.people.written import with_completions
 from tests.servers.openai import OpenAI
 
 WORTH = {"base": 3, QKV: 5, ALL: 6}

@@ -18,9 +18,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from components.common.errors import UserError
 from components.common.names import BASE
 from components.common.sealed import MANIFEST, Manifest, open_sealed, seal
-from components.evaluate.agreement import over_papers
-from components.evaluate.endpoints import Answers, Endpoint, Question, ask
-from components.evaluate.gather import Choice, Gathered, gather
+from components.evaluate.people.agreement import over_papers
+from components.evaluate.people.endpoints import Answers, Endpoint, Question, ask
+from components.evaluate.people.gather import Choice, Gathered, gather
 from components.evaluate.statistics import holm
 
 SCHEMA = pa.schema(

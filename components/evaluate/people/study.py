@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from components.common.errors import UserError
 from components.common.names import BASE
 from components.common.sealed import Manifest, open_sealed, seal
-from components.evaluate.gather import Choice, gather
-from components.evaluate.study_figures import figures, markdown
+from components.evaluate.people.gather import Choice, gather
+from components.evaluate.people.study_figures import figures, markdown
 
 SCALE = (1, 10)  # FeynTune's
 FIELDS = ["study", "rater", "number", "item", "beginning", "reference", "continuation", "score", "comment"]

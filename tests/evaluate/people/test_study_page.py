@@ -15,11 +15,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from components.common.errors import UserError
-from components.evaluate.study import StudyConfig, make, read_sheet, score
-from components.evaluate.study_page import HEADERS, Book, application
+from components.evaluate.people.study import StudyConfig, make, read_sheet, score
+from components.evaluate.people.study_page import HEADERS, Book, application
 from tests.browser import browser  # noqa: F401
 from tests.evaluate.looking import errors, look_at, requested, resize, visit
-from tests.evaluate.written import ALL, QKV, make_evaluation
+from tests.evaluate.people.written import ALL, QKV, make_evaluation
 
 TEX = r"We find $\mathcal{N}=4$ <b>branes</b> & \"strings\" with $E < mc^2$."
 
