@@ -27,6 +27,7 @@ from components.common.errors import UserError
 from components.common.records import normal_form
 from components.common.sealed import is_sealed
 from components.common.telemetry import RELAYED, log
+from pipelines.preflight import refuse_null
 from pipelines.variants import chosen
 
 # One epoch keeps `make run` quick, and takes larger steps than the paper's 8B model does in four.
@@ -81,6 +82,8 @@ def run(
         RunFailed: a branch failed; the others' results and the report are there.
     """
     variants = chosen(variants)
+    refuse_null(recipe or {}, "recipe")
+    refuse_null(serving or {}, "serving")
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     with _only_run(workdir):

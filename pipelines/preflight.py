@@ -69,6 +69,14 @@ def preflight(
     return pinned
 
 
+def refuse_null(value: Any, name: str) -> None:
+    """Raises UserError where a parameter holds null, which Kubeflow's own library cannot pass on."""
+    if value is None:
+        raise UserError(f"{name} is null, which Kubeflow cannot pass: leave it out, or write false to switch it off.")
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        refuse_null(inner, f"{name}.{key}")
+
+
 def writable(address: str) -> None:
     """Write, read and delete one small object."""
     store, name, data = open_store(address), f"preflight/{uuid.uuid4()}", b"feyntune"

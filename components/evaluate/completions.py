@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,13 @@ class Completer:
     def complete(
         self, systems: Sequence[str], adapters: Mapping[str, str | Path], digests: Mapping[str, str]
     ) -> dict[str, pa.Table]:
-        """Rows of MADE by system, sorted by id and decoding."""
+        """Rows of MADE by system, sorted by id and decoding.
+
+        Papers whose prompt alone fills the base's context are left out, for every system alike.
+
+        Raises:
+            UserError: none is left.
+        """
         how = self.config.model_dump(include={"rule", "temperature", "top_p", "max_new_tokens", "seed"})
         asked = [[p.id, p.prompt, p.reference] for p in self.prompts]
         pieces: dict[tuple[str, str, int], pa.Table] = {}
@@ -162,7 +168,15 @@ class Completer:
             made = asyncio.run(self._make(missing, {name: Path(adapters[name]) for name in sorted(needed)}))
             pieces |= made
         order = [("id", "ascending"), ("decoding", "ascending")]
-        return {s: pa.concat_tables([t for (of, _, _), t in pieces.items() if of == s]).sort_by(order) for s in systems}
+        found = {}
+        for system in systems:
+            table = pa.concat_tables([t for (of, _, _), t in pieces.items() if of == system]).sort_by(order)
+            found[system] = table.filter(pc.greater(table["max_new_tokens"], 0))
+            if not found[system].num_rows:
+                raise UserError(
+                    "Every prompt fills the base's context: use a base with a longer one, or no completions."
+                )
+        return found
 
     async def _make(
         self, missing: Mapping[tuple[str, str, int], Path], adapters: Mapping[str, Path]
@@ -227,16 +241,12 @@ class Completer:
         from components.common.engine import Sampling
 
         config, ids = self.config, tokens[paper.id]
-        most = min(config.max_new_tokens, engine.max_length - len(ids))
-        if most < 1:
-            raise UserError(
-                f"The prompt of paper {paper.id} has {len(ids)} tokens and fills the model's context of "
-                f"{engine.max_length}: use a base with a longer one."
-            )
+        most = max(0, min(config.max_new_tokens, engine.max_length - len(ids)))
         sampled = decoding == "sampled"
         seed = request_seed(config.seed, paper.id) if sampled else None
         sampling = Sampling(most, config.temperature, config.top_p, seed) if sampled else Sampling(most)
-        written = [t.id async for t in engine.submit(None if system == BASE else system, ids, sampling)]
+        answer = engine.submit(None if system == BASE else system, ids, sampling) if most else _nothing()
+        written = [t.id async for t in answer]
         ended = bool(written) and written[-1] in loaded.eos
         written = written[:-1] if ended else written
         reason = "eos" if ended else "length"
@@ -256,6 +266,11 @@ class Completer:
             "fair_tokens": len(loaded.tokenizer.encode(fair, add_special_tokens=False)),
             "request_seed": seed,
         }
+
+
+async def _nothing() -> AsyncIterator[Any]:
+    for token in ():
+        yield token
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

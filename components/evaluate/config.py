@@ -1,8 +1,13 @@
 """Settings of the evaluate step and of the comparison. No heavy imports: they are checked before a run starts."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+def _off(value: Any) -> Any:
+    """`false` switches off what a setting describes: Kubeflow's parameters know no null."""
+    return None if value is False else value
 
 
 class CompletionsConfig(BaseModel):
@@ -17,7 +22,7 @@ class CompletionsConfig(BaseModel):
         max_new_tokens: most tokens of a completion; fewer where the model's context ends before.
         seed: of the sampling. A paper's own seed follows from it and its id and is the same for every system.
         similarity: the embedding model: a hub id, a folder of sentence-transformers, or `package:NAME/FOLDER`, a folder
-            in an installed Python package. None leaves semantic similarity out, as does a model that cannot be had.
+            in an installed Python package. `false` leaves semantic similarity out, as does a model that cannot be had.
         memorised_words: a completion with a run of so many words of the training set counts as memorised.
         requests: most completions computed at once.
     """
@@ -35,6 +40,11 @@ class CompletionsConfig(BaseModel):
     similarity: str | None = "sentence-transformers/all-mpnet-base-v2"
     memorised_words: int = Field(30, ge=1)
     requests: int = Field(64, ge=1)
+
+    @field_validator("similarity", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return _off(value)
 
     @field_validator("decodings")
     @classmethod
@@ -54,7 +64,7 @@ class EvaluateConfig(BaseModel):
         precision: of the base's weights. The paper measures on 16-bit weights what it trained on 4-bit ones.
         tokens_per_batch: most tokens in one packed batch.
         tokens_per_head: tokens whose logits exist at one time (tokens x vocabulary x 4 bytes).
-        completions: what is completed, and how; None measures perplexity alone.
+        completions: what is completed, and how; `false` measures perplexity alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +75,11 @@ class EvaluateConfig(BaseModel):
     tokens_per_batch: int = Field(4096, ge=1)
     tokens_per_head: int = Field(512, ge=1)
     completions: CompletionsConfig | None = CompletionsConfig()
+
+    @field_validator("completions", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return _off(value)
 
 
 class CompareConfig(BaseModel):

@@ -120,7 +120,9 @@ def _complete(
     scorer.shards += completer.shards
     mixtures = {s: _mixture(s, adapters[s]) if s in adapters else None for s in systems}
     tables, facts = completions.measure(made, data, mixtures, config.completions)
-    return tables, {**facts, "papers": len(asked), "seconds": seconds, "shards_resumed": completer.resumed}
+    papers = len(pc.unique(next(iter(tables.values()))["id"]))
+    facts |= {"papers": papers, "prompts_longer_than_context": len(asked) - papers}
+    return tables, {**facts, "seconds": seconds, "shards_resumed": completer.resumed}
 
 
 def _mixture(name: str, adapter: str | Path) -> str | None:

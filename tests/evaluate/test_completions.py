@@ -233,3 +233,25 @@ def test_settings_that_cannot_be_are_refused():
         CompletionsConfig(decodings=["greedy", "greedy"])
     with pytest.raises(ValueError, match="greater than 0"):
         CompletionsConfig(temperature=0)
+
+
+def test_a_prompt_that_fills_the_context_is_left_out_for_every_system_and_counted(tmp_path, split, tiny_base, adapters):
+    """The mini base reads 256 tokens: one of the papers gets an abstract that is longer than that in its first half."""
+    longer = tmp_path / "split"
+    shutil.copytree(split, longer)
+    papers = pq.read_table(split / "papers.parquet").to_pylist()
+    test = [p["id"] for p in papers if (p["split"], p["primary"]) == ("test", "hep-th")]
+
+    def lengthen(row):
+        if row["id"] == test[0]:
+            row["abstract"] += " More soup." * 400
+        return row["split"]
+
+    change_split(longer, lengthen)
+    out = tmp_path / "evaluation"
+    evaluate(longer, tiny_base, {QKV: adapters[QKV]}, out, config(papers=100, holdout_papers=0))
+    facts = read_manifest(out).facts["completions"]
+    assert facts["prompts_longer_than_context"] == 1
+    for system in ("base", QKV):
+        assert test[0] not in {r["id"] for r in rows_of(out, system)}
+        assert len({r["id"] for r in rows_of(out, system)}) == facts["papers"] > 1

@@ -19,7 +19,7 @@ from pipelines import local
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-FEW = {"papers": 4, "max_new_tokens": 16, "similarity": None}
+FEW = {"papers": 4, "max_new_tokens": 16, "similarity": False}
 RECIPE = {
     "train": {"precision": "fp32", "learning_rate": 3e-3, "epochs": 2},
     "evaluate": {"precision": "fp32", "completions": FEW},
@@ -107,6 +107,8 @@ def test_bad_input_is_refused_before_anything_starts(tiny_base: Path, tmp_path: 
     with pytest.raises(local.RunFailed, match=r"there is no file .*nowhere\.jsonl") as failed:
         local.run("kaggle:nowhere.jsonl", [GOOD], tmp_path, base=str(tiny_base))
     assert not failed.value.reported
+    with pytest.raises(UserError, match=r"recipe.evaluate.completions is null.*write false"):
+        local.run("synthetic:300", [GOOD], tmp_path, base=str(tiny_base), recipe={"evaluate": {"completions": None}})
     with pytest.raises(local.RunFailed, match="namespace: Field required"):
         local.run("synthetic:300", [GOOD], tmp_path, base=str(tiny_base), serving={"image": "feyntune/predictor"})
     with pytest.raises(local.RunFailed, match="epochz"):
