@@ -96,6 +96,8 @@ def test_a_torn_last_line_is_asked_again_and_a_damaged_journal_is_refused(server
     journal.write_bytes(whole[:-30])
     assert texts(ask(endpoint(server), questions(3), tmp_path)) == ["echo word 0", "echo word 1", "echo word 2"]
     assert server.answered == 4
+    assert None not in texts(ask(endpoint(server), questions(3), tmp_path))  # nothing of the torn line is left
+    assert server.answered == 4
     journal.write_bytes(b"rubbish\n" + whole)
     with pytest.raises(UserError, match="damaged at byte 0"):
         ask(endpoint(server), questions(3), tmp_path)

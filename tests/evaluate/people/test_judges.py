@@ -191,6 +191,9 @@ def test_what_does_not_belong_together_is_refused(folders, tmp_path):
     other = make_evaluation(tmp_path / "other", {QKV: str}, test="8" * 64)
     with pytest.raises(UserError, match="was made on test set 8888888888888888"):
         gather([folders[0], other], choice)
+    changed = {QKV: [{**row, "prompt": row["prompt"] + "!"} for row in completion_rows(str)]}
+    with pytest.raises(UserError, match="Not all systems were given the same beginning of hep-th/9901001"):
+        gather([folders[0], make_evaluation(tmp_path / "changed", changed)], choice)
     with pytest.raises(UserError, match=r"has no sampled completions \(rule paper, test, seed 99\)"):
         gather(folders, Choice(seed=99))
 

@@ -45,15 +45,17 @@ def completion_rows(write: Write, papers: int = 12, **changes: Any) -> list[dict
     return rows
 
 
-def make_evaluation(folder: Path, systems: Mapping[str, Write], papers: int = 12, test: str = "7" * 64) -> Path:
-    """A sealed `evaluation` that holds completions of `systems` and no scores."""
+def make_evaluation(
+    folder: Path, systems: Mapping[str, Write | list[dict[str, Any]]], papers: int = 12, test: str = "7" * 64
+) -> Path:
+    """A sealed `evaluation` that holds completions of `systems` (a function, or rows) and no scores."""
     inputs = {"split": "5" * 64, "base": "b" * 64, "test": test}
     inputs |= {name: f"{i:064x}" for i, name in enumerate(systems, 1) if name != BASE}
     with seal(folder, "evaluation", inputs, {"include_base": BASE in systems}) as out:
         (out.path / "completions").mkdir()
         for name, write in systems.items():
-            table = pa.Table.from_pylist(completion_rows(write, papers), SCHEMA)
-            pq.write_table(table, out.path / "completions" / f"{slug(name)}.parquet")
+            rows = write if isinstance(write, list) else completion_rows(write, papers)
+            pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out.path / "completions" / f"{slug(name)}.parquet")
     return folder
 
 
