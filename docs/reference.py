@@ -53,7 +53,7 @@ def settings() -> str:
 def variants() -> str:
     mixtures = yaml.safe_load((ROOT / "components/split/mixtures.yaml").read_text())["mixtures"]
     methods = yaml.safe_load((ROOT / "pipelines/variants.yaml").read_text())["methods"]
-    rows = [[f"`{m['name']}`", m["paper"], m["numbering"], m["rule"], m["source"]] for m in mixtures]
+    rows = [[f"`{m['name']}`", m.get("paper", ""), m.get("numbering", ""), m["rule"], m["source"]] for m in mixtures]
     text = "# Variants\n\nA variant is `MIXTURE/METHOD`: ten mixtures, two methods.\n\n"
     text += _rows(["method", "what"], [[f"`{name}`", what] for name, what in methods.items()])
     return text + "\n" + _rows(["mixture", "paper's name", "numbering", "rule", "source"], rows)

@@ -45,7 +45,8 @@ def chosen(wanted: list[str]) -> list[str]:
         UserError: a name that is not a variant, with the nearest one that is.
     """
     variants = load_variants()
-    aliases = {f"{m.paper}/{method}": f"{m.name}/{method}" for m in variants.mixtures for method in variants.methods}
+    theirs = [m for m in variants.mixtures if m.paper]
+    aliases = {f"{m.paper}/{method}": f"{m.name}/{method}" for m in theirs for method in variants.methods}
     known = variants.names()
     found = []
     for name in wanted:

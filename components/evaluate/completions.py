@@ -269,7 +269,8 @@ class Completer:
 
 
 async def _nothing() -> AsyncIterator[Any]:
-    for token in ():
+    none: tuple[Any, ...] = ()
+    for token in none:
         yield token
 
 
