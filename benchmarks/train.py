@@ -5,9 +5,9 @@
 The usual recipe is transformers' Trainer with padded random batches of 16 (DataCollatorForSeq2Seq, multiples of 8).
 Both train a Llama with random weights on the same global batches, documents as long as real hep-th abstracts
 (log-normal, mean 185 tokens, coefficient of variation 0.5; on the 1,000 real ones it was 185 and 0.49). Rounds are
-interleaved and change their order; on a CPU process CPU time counts, because the machine may be shared, on a GPU
-wall time. Padding does not count. With dropout 0 the losses of each step are compared, too. MFU is useful tokens
-per second times 4N FLOPs (6N where all layers recompute) over the device's peak.
+interleaved and change their order; on one CPU thread process CPU time counts, because the machine may be shared, on
+a GPU or several threads wall time. Padding does not count. With dropout 0 the losses of each step are compared, too.
+MFU is useful tokens per second times 4N FLOPs (6N where all layers recompute) over the device's peak.
 """
 
 import argparse
@@ -216,7 +216,7 @@ def main() -> None:
         if cuda:
             torch.cuda.synchronize()
             return time.perf_counter()
-        return time.process_time()
+        return time.perf_counter() if args.threads > 1 else time.process_time()
 
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
@@ -256,7 +256,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "benchmark": "train",
         "hardware": engine.hardware(torch.device(args.device)),
-        "clock": "wall" if cuda else "process CPU",
+        "clock": "wall" if cuda or args.threads > 1 else "process CPU",
         "threads": args.threads,
         "model": {"hidden": shape.hidden, "layers": shape.layers, "vocabulary": shape.vocabulary},
         "precision": args.precision,
