@@ -34,7 +34,8 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Name = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+# Tokenizers hold ids in 32 bits; whether the model knows one is looked at later.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]], Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 
 

@@ -183,6 +183,7 @@ def test_an_unknown_model_is_named_with_those_there_are(client):
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [2**61]}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
