@@ -1,8 +1,8 @@
 """Settings of the evaluate step and of the comparison. No heavy imports: they are checked before a run starts."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 
 def _off(value: Any) -> Any:
@@ -37,14 +37,9 @@ class CompletionsConfig(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(1024, ge=1)
     seed: int = Field(42, ge=0, lt=2**63)
-    similarity: str | None = "sentence-transformers/all-mpnet-base-v2"
+    similarity: Annotated[str | None, BeforeValidator(_off)] = "sentence-transformers/all-mpnet-base-v2"
     memorised_words: int = Field(30, ge=1)
     requests: int = Field(64, ge=1)
-
-    @field_validator("similarity", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return _off(value)
 
     @field_validator("decodings")
     @classmethod
@@ -74,12 +69,7 @@ class EvaluateConfig(BaseModel):
     precision: Literal["fp32", "bf16", "nf4"] = "bf16"
     tokens_per_batch: int = Field(4096, ge=1)
     tokens_per_head: int = Field(512, ge=1)
-    completions: CompletionsConfig | None = CompletionsConfig()
-
-    @field_validator("completions", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return _off(value)
+    completions: Annotated[CompletionsConfig | None, BeforeValidator(_off)] = CompletionsConfig()
 
 
 class CompareConfig(BaseModel):
