@@ -1,6 +1,7 @@
 """The rules and every expression of the dashboard in a running Prometheus that scrapes a real training and endpoint."""
 
 import contextlib
+import itertools
 import json
 import subprocess
 import threading
@@ -44,21 +45,28 @@ def prometheus(tiny_base, tiny_split, tmp_path_factory) -> Iterator["Prometheus"
         _page("\n".join(sorted(f"{s} 1" for s in FOREIGN)) + "\n") as foreign,
         _running(tmp, {"training": training, "serving": endpoint.port, "foreign": foreign}) as server,
     ):
+        server.saw("serving", 2)  # it scrapes nothing in its first seconds, which is longer than a training takes
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FEYNTUNE_METRICS_PORT", str(training))
             knobs = TrainConfig(precision="fp32", epochs=12, learning_rate=0.003, save_every_steps=4)
             place = {"data": tiny_split, "mixture": "hep-th", "method": "lora-qkv", "base": tiny_base}
-            thread = threading.Thread(
-                target=train, kwargs={**place, "out": tmp / "out", "config": knobs, "checkpoints": str(tmp / "saved")}
-            )
-            thread.start()
-            asked = 0
-            while thread.is_alive() or asked < 20:
-                body = {"model": ("champion", "base")[asked % 2], "prompt": "We", "max_tokens": 4}
-                httpx.post(f"{endpoint.url}/openai/v1/completions", json=body, timeout=60).raise_for_status()
-                asked += 1
-            thread.join()
-        assert (tmp / "out" / "manifest.json").exists(), "the training failed"
+            until = time.monotonic() + 300
+            for attempt in itertools.count():  # the machine may be too busy to be scraped, or faster than the scrapes
+                out, saved = tmp / f"out-{attempt}", str(tmp / f"saved-{attempt}")
+                thread = threading.Thread(
+                    target=train, kwargs={**place, "out": out, "config": knobs, "checkpoints": saved}
+                )
+                thread.start()
+                asked = 0
+                while thread.is_alive() or asked < 20:
+                    body = {"model": ("champion", "base")[asked % 2], "prompt": "We", "max_tokens": 4}
+                    httpx.post(f"{endpoint.url}/openai/v1/completions", json=body, timeout=60).raise_for_status()
+                    asked += 1
+                thread.join()
+                assert (out / "manifest.json").exists(), "the training failed"
+                if server.scrapes("training") >= 3:
+                    break
+                assert time.monotonic() < until, "no training was scraped"
         server.settled()
         yield server
 
@@ -75,8 +83,16 @@ class Prometheus:
         return answer["data"]
 
     def scrapes(self, job: str) -> int:
-        found = self.get("query", query=f'count_over_time(up{{job="{job}"}}[1h])')["result"]
+        """How often the job has answered."""
+        found = self.get("query", query=f'sum_over_time(up{{job="{job}"}}[1h])')["result"]
         return int(found[0]["value"][1]) if found else 0
+
+    def saw(self, job: str, times: int) -> None:
+        """Wait until the job has answered that often."""
+        until = time.monotonic() + 60
+        while self.scrapes(job) < times:
+            assert time.monotonic() < until, self.get("targets")
+            time.sleep(0.2)
 
     def settled(self) -> None:
         """Wait until every rule has been evaluated on what is there."""
