@@ -14,6 +14,7 @@ import yaml
 from components.common.errors import UserError
 from pipelines.adapt import adapt, read_settings
 from pipelines.compile import COMPILED
+from pipelines.preflight import refuse_null
 
 PIPELINES = ("suite", "variant")
 
@@ -56,10 +57,20 @@ def submit(
     token_file: str | None = None,
     settings: str | None = None,
 ) -> str:
-    """Start a run of `suite` or `variant` and return its id. Arguments and errors as for `upload`."""
-    with _client(host, namespace, token_file) as client, _package(pipeline, images, flavour, settings) as package:
-        run = client.create_run_from_pipeline_package(str(package), arguments=arguments, namespace=namespace)
-        return str(run.run_id)
+    """Start a run of `suite` or `variant` and return its id. Arguments and errors as for `upload`.
+
+    Raises:
+        UserError: also where the pipeline has no such parameter, or its value is null.
+    """
+    with _package(pipeline, images, flavour, settings) as package:
+        parameters = next(yaml.safe_load_all(package.read_text()))["root"]["inputDefinitions"]["parameters"]
+        for name, value in arguments.items():
+            if name not in parameters:
+                raise UserError(f"{pipeline} has no parameter {name!r}: it has {', '.join(sorted(parameters))}.")
+            refuse_null(value, name)
+        with _client(host, namespace, token_file) as client:
+            run = client.create_run_from_pipeline_package(str(package), arguments=arguments, namespace=namespace)
+            return str(run.run_id)
 
 
 def with_images(text: str, images: str | None) -> str:

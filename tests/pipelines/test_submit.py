@@ -43,6 +43,18 @@ def test_submit_starts_a_run_with_its_arguments() -> None:
         assert server.created_experiments[0]["namespace"] == "physics"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"variant": "hep-th/lora-all", "recipe": {"epochs": None}}, "recipe.epochs is null"),
+        ({"varient": "hep-th/lora-all"}, "variant has no parameter 'varient': it has .*variant"),
+    ],
+)
+def test_arguments_that_the_pipeline_cannot_take_are_refused_before_the_host_is_asked(arguments, said) -> None:
+    with pytest.raises(UserError, match=said):
+        submit("http://127.0.0.1:9", "variant", arguments)
+
+
 def test_a_multi_user_host_gets_the_token_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret-of-a-test\n")
     with kubeflow(token="secret-of-a-test") as server:
