@@ -152,7 +152,7 @@ class Driver:
                 told = True
                 self.started(where, name)
             if pod.status.phase in ("Succeeded", "Failed"):
-                self.logs[where] = self.core.read_namespaced_pod_log(name, self.namespace)
+                self.logs[where] = self._log(pod)
                 if pod.metadata.deletion_timestamp:
                     raise StepFailed(f"{where}: its pod was deleted:\n{self.logs[where][-2000:]}")
                 ended = pod.status.container_statuses[0].state.terminated
@@ -160,6 +160,15 @@ class Driver:
             time.sleep(0.5)
         events = self.core.list_namespaced_event(self.namespace, field_selector=f"involvedObject.name={name}").items
         raise StepFailed(f"{where}: pod {name} did not end: {[e.message for e in events]}")
+
+    def _log(self, pod: Any) -> str:
+        """What the ended pod said. A log may be gone before its pod is, where somebody deletes it."""
+        try:
+            return str(self.core.read_namespaced_pod_log(pod.metadata.name, self.namespace))
+        except ApiException as e:
+            if pod.metadata.deletion_timestamp:
+                return f"(the log went with its pod: {e.reason})"
+            raise
 
 
 def pod_of(name: str, container: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
