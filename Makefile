@@ -8,6 +8,8 @@ BIN := .venv/bin
 # A run is a dozen short processes: without bytecode each would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+# A file of tests to each core, up to four: a process of them takes 2 GB.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: run test test-fast test-cluster test-rig lint format env workbench lock compile reference docs clean
 
@@ -16,10 +18,10 @@ run: env
 	@$(BIN)/feyntune run
 
 test: env lint workbench
-	$(PYTEST) -m "not cluster and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu"
 
 test-fast: env lint workbench
-	$(PYTEST) -m "not cluster and not gpu and not slow"
+	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not slow"
 
 test-cluster: env
 	@test -n "$$KUBECONFIG" || { echo "KUBECONFIG is not set: name the cluster to test on"; exit 1; }
