@@ -73,6 +73,12 @@ _OBJECTS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: on several processes none of them is left for the end."""
+    slow = {i.path for i in items if i.get_closest_marker("slow")}
+    items.sort(key=lambda i: i.path not in slow)
+
+
 def texts(topic: str, count: int, seed: int = 0) -> list[str]:
     """Short texts of 1 to 8 sentences about one of the topics above."""
     r = random.Random(f"{topic}:{seed}")

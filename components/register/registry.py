@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 SHORT = 16  # hex digits of a digest in names
 CONFIRMATIONS = 2  # events a writer puts after a decision before it believes what it reads; see README.md
+SETTLE = 0.2  # seconds it waits before that, at least; else four times what its own put took
 
 Stage = Literal["candidate", "staging", "production", "archived"]
 
@@ -396,7 +398,10 @@ class Registry:
         Raises:
             Stale: the event is void, since another writer was first.
         """
+        began = time.monotonic()
         name = self._put(seen, kind, **fields)
+        if kind in _VOIDABLE:
+            time.sleep(max(SETTLE, 4 * (time.monotonic() - began)))
         after = self.snapshot()
         if kind in _VOIDABLE:
             # Until it is built on, an event of the same `seq` that is still on its way could come before it.
