@@ -51,7 +51,7 @@ ClusterSettings = Annotated[
 ]
 Recipe = Annotated[
     str,
-    typer.Option(help="Settings to change, as JSON, such as '{\"epochs\": 2}'; `feyntune train --help` lists them."),
+    typer.Option(help="Settings to change, as JSON, such as '{\"epochs\": 2}'; docs/reference/settings.md lists them."),
 ]
 DEFAULT_WORKDIR = Path("runs")
 DEFAULT_REGISTRY = "runs/registry"
@@ -217,7 +217,12 @@ def evaluate(
     base: Base,
     out: Annotated[Path, typer.Option(help="Folder to write: scores/ and comparison/.")],
     adapter: Annotated[Optional[list[str]], typer.Option(help="NAME=DIR; repeat for more.")] = None,  # noqa: UP045
-    recipe: Recipe = "{}",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Settings to change, as JSON, such as '{\"tokens_per_batch\": 2048}'; see docs/reference/settings.md."
+        ),
+    ] = "{}",
     as_json: Json = False,
 ) -> None:
     """Score the base and adapters on the test abstracts, and compare them."""
@@ -227,13 +232,9 @@ def evaluate(
     from components.evaluate.evaluate import evaluate
 
     setup(quiet=as_json)
-    adapters = {}
-    for item in adapter or []:
-        name, equals, folder = item.partition("=")
-        if not equals:
-            raise UserError(f"--adapter {item}: write NAME=DIR.")
-        adapters[name] = folder
-    evaluate(str(data), pin_base(base), adapters, out / "scores", EvaluateConfig.model_validate(_settings(recipe)))
+    adapters = dict(_pair(item, "--adapter NAME=DIR") for item in adapter or [])
+    config = _checked(EvaluateConfig, _settings(recipe))
+    evaluate(str(data), pin_base(base), adapters, out / "scores", config)
     compare([out / "scores"], adapters, str(data), out / "comparison")
     summary = json.loads((out / "comparison" / "summary.json").read_text())
     _say(summary, as_json, (out / "comparison" / "table.md").read_text())
@@ -251,7 +252,7 @@ def register(
     from components.register.register import register
 
     setup(quiet=as_json)
-    adapters = dict(item.split("=", 1) for item in adapter)
+    adapters = dict(_pair(item, "--adapter NAME=DIR") for item in adapter)
     done = register(str(comparison), adapters, registry, policy=policy)
     _say(done.model_dump(mode="json"), as_json, f"champion: {done.champion or 'none'}")
 
@@ -396,22 +397,44 @@ def plan(
         print(f"money: {whole['money']:,.2f}; the published recipe's: {whole['published_money']:,.2f}")
 
 
+@app.command("push-base", epilog="Example: feyntune push-base llama-3.1-8b s3://feyntune/bases/llama-3.1-8b")
+def push_base(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model: config, tokenizer, safetensors.")],
+    address: Annotated[str, typer.Argument(help="Where to put it: s3://BUCKET/FOLDER.")],
+    as_json: Json = False,
+) -> None:
+    """Put a base model into the store, sealed, so that every step and endpoint can take it from there."""
+    from components.common.base import push_base
+
+    setup(quiet=as_json)
+    pinned = push_base(folder, address)
+    _say({"base": pinned}, as_json, pinned)
+
+
 @app.command(epilog="Example: feyntune deploy serving.yaml --timeout 900")
 def deploy(
     spec: Annotated[Path, typer.Argument(help="YAML file of what is to be served (components/register/deploy.py).")],
     url: Annotated[Optional[str], typer.Option(help="Where this machine reaches the endpoint.")] = None,  # noqa: UP045
+    key_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="File with one of the endpoint's bearer keys, where it asks for one (keys_secret)."),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until it must answer.")] = 1800,
     as_json: Json = False,
 ) -> None:
     """Bring the registry's adapters to answer on a cluster; put everything back if they do not."""
     import yaml
+    from pydantic import SecretStr
 
     from components.register.deploy import deploy, parse_spec
 
     setup(quiet=as_json)
     if not spec.is_file():
         raise UserError(f"{spec}: there is no such file.")
-    done = deploy(parse_spec(yaml.safe_load(spec.read_text())), url, timeout=timeout)
+    if key_file is not None and not key_file.is_file():
+        raise UserError(f"--key-file {key_file}: there is no such file.")
+    key = SecretStr(key_file.read_text().strip()) if key_file is not None else None
+    done = deploy(parse_spec(yaml.safe_load(spec.read_text())), url, key, timeout=timeout)
     _say(done.model_dump(mode="json"), as_json, f"{done.service} answers at {done.url}")
 
 

@@ -5,13 +5,18 @@ No heavy imports here: the preflight step runs in a second.
 
 import hashlib
 import os
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from filelock import FileLock
+
 from components.common.errors import UserError
-from components.common.sealed import MANIFEST, is_sealed, read_manifest, sha256_file, sha256_json
-from components.common.store import open_store, pull, stored_manifest
+from components.common.sealed import MANIFEST, is_sealed, read_manifest, seal, sha256_file, sha256_json
+from components.common.store import open_store, pull, push, stored_manifest
+
+_MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
 
 
 def split_pin(base: str) -> tuple[str, str | None]:
@@ -31,7 +36,7 @@ def pin_base(base: str) -> str:
         store, name = open_store(location.rpartition("/")[0]), location.rpartition("/")[2]
         manifest = stored_manifest(store, name)
         if manifest is None:
-            raise UserError(f"Base model {location} is not a sealed folder: put it there with `feyntune base push`.")
+            raise UserError(f"Base model {location} is not a sealed folder: put it there with `feyntune push-base`.")
         digest = manifest.digest
     elif Path(location).is_dir():
         digest = folder_digest(location)
@@ -51,8 +56,33 @@ def folder_digest(folder: str | Path) -> str:
         return read_manifest(folder).digest
     if not (folder / "config.json").is_file():
         raise UserError(f"Base model {folder}: there is no config.json in it; give the folder of a saved model.")
-    names = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".model", ".txt")]
+    names = _model_files(folder)
     return _folder_digest(tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in names), str(folder))
+
+
+def push_base(folder: str | Path, address: str) -> str:
+    """Copy the model in `folder` to `address` (s3://BUCKET/FOLDER), sealed; returns ADDRESS@DIGEST.
+
+    Raises:
+        UserError: no model is in `folder`, `address` is no address in a store, or the store refuses.
+        SealError: another model lies there; models are not replaced.
+    """
+    folder, address = Path(folder), address.rstrip("/")
+    folder_digest(folder)  # says what is wrong with it
+    place, _, name = address.rpartition("/")
+    if not address.startswith("s3://") or place in ("s3:/", "s3://"):
+        raise UserError(f"{address} names no folder in a bucket: write s3://BUCKET/FOLDER.")
+    if is_sealed(folder):
+        return f"{address}@{push(open_store(place), folder, name).digest}"
+    with tempfile.TemporaryDirectory() as scratch:
+        with seal(Path(scratch) / "base", "base") as sealed:
+            for file in _model_files(folder):
+                (sealed.path / file.name).symlink_to(file.resolve())
+        return f"{address}@{push(open_store(place), Path(scratch) / 'base', name).digest}"
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.suffix in _MODEL_FILES]
 
 
 @lru_cache(maxsize=8)
@@ -68,18 +98,17 @@ def fetch_base(base: str) -> str:
     if location.startswith("s3://"):
         cache = Path(os.environ.get("FEYNTUNE_CACHE", Path(tempfile.gettempdir()) / "feyntune-cache"))
         folder = cache / hashlib.sha256(base.encode()).hexdigest()[:16]
-        if not (folder / MANIFEST).is_file():
-            pull(open_store(location.rpartition("/")[0]), location.rpartition("/")[2], folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # the processes of a training all come here at once
+            if not (folder / MANIFEST).is_file():
+                pull(open_store(location.rpartition("/")[0]), location.rpartition("/")[2], folder)
         return str(folder)
     if _looks_like_hub_id(location):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return snapshot_download(
-                location, revision=digest, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+            return snapshot_download(location, revision=digest, allow_patterns=[f"*{end}" for end in _MODEL_FILES])
+        except Exception as e:  # the hub's client lets those of its HTTP library through
             raise UserError(
                 f"Base model {location} cannot be downloaded ({type(e).__name__}): check the name, the network and, "
                 "for a gated model such as Llama, that HF_TOKEN is set and its licence accepted."
@@ -92,12 +121,13 @@ def _looks_like_hub_id(location: str) -> bool:
 
 
 def _hub_commit(model: str, expected: str | None) -> str:
+    if expected is not None and re.fullmatch(r"[0-9a-f]{40}", expected):
+        return expected  # a commit is what it is; whoever needs its files asks for them
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return str(HfApi().model_info(model, revision=expected).sha)
-    except (HfHubHTTPError, OSError) as e:
+    except Exception as e:  # the hub's client lets those of its HTTP library through
         raise UserError(
             f"Base model {model} cannot be found on the hub ({type(e).__name__}): check the name, the network and, "
             "for a gated model such as Llama, that HF_TOKEN is set and its licence accepted."

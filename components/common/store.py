@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
-from minio.error import S3Error
+from minio.error import MinioException, S3Error
 
 from components.common.errors import UserError
 from components.common.sealed import MANIFEST, Manifest, SealError, open_sealed, parse_manifest, sha256_file
@@ -142,7 +142,12 @@ class S3Store:
             http_client=urllib3.PoolManager(
                 maxsize=16,
                 timeout=urllib3.Timeout(connect=10, read=60),
-                retries=urllib3.Retry(total=tries, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504)),
+                retries=urllib3.Retry(
+                    total=tries,
+                    backoff_factor=0.5,
+                    status_forcelist=(500, 502, 503, 504),
+                    allowed_methods=None,  # POST too, with which a large upload begins and ends
+                ),
             ),
         )
 
@@ -157,6 +162,8 @@ class S3Store:
             if e.code == "NoSuchBucket":
                 return StoreError(f"Bucket {self.bucket} does not exist: create it, or correct the address.")
             return StoreError(f"{where}: the store answered {e.code} ({e.message}).")
+        if isinstance(e, MinioException):  # a proxy's page, for one
+            return StoreError(f"{where}: what answers is not an S3 store ({str(e)[:200]}): check S3_ENDPOINT.")
         return StoreError(f"{where}: the store does not answer ({type(e).__name__}): check S3_ENDPOINT.")
 
     def get(self, name: str) -> bytes:
@@ -167,50 +174,51 @@ class S3Store:
             finally:
                 response.close()
                 response.release_conn()
-        except (S3Error, urllib3.exceptions.HTTPError) as e:
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
             raise self._error(e, name) from e
 
     def put(self, name: str, data: bytes) -> None:
         try:
             self.client.put_object(self.bucket, self._key(name), io.BytesIO(data), len(data))
-        except (S3Error, urllib3.exceptions.HTTPError) as e:
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
             raise self._error(e, name) from e
 
     def get_file(self, name: str, path: Path) -> None:
         try:
             self.client.fget_object(self.bucket, self._key(name), str(path))
-        except (S3Error, urllib3.exceptions.HTTPError) as e:
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
             raise self._error(e, name) from e
 
     def put_file(self, name: str, path: Path) -> None:
         try:
             self.client.fput_object(self.bucket, self._key(name), str(path))
-        except (S3Error, urllib3.exceptions.HTTPError) as e:
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
+            if isinstance(e, S3Error) and e.code == "NoSuchUpload" and self.exists(name):
+                return  # the upload was ended, the answer got lost, and its end was asked for again
             raise self._error(e, name) from e
 
     def exists(self, name: str) -> bool:
         try:
             self.client.stat_object(self.bucket, self._key(name))
             return True
-        except S3Error as e:
-            if e.code in ("NoSuchKey", "NoSuchObject"):
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
+            error = self._error(e, name)
+            if isinstance(error, Missing):
                 return False
-            raise self._error(e, name) from e
-        except urllib3.exceptions.HTTPError as e:
-            raise self._error(e, name) from e
+            raise error from e
 
     def names(self, prefix: str = "") -> Iterator[str]:
         start = f"{self.prefix}/" if self.prefix else ""
         try:
             for item in self.client.list_objects(self.bucket, prefix=start + prefix, recursive=True):
                 yield str(item.object_name).removeprefix(start)
-        except (S3Error, urllib3.exceptions.HTTPError) as e:
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
             raise self._error(e, prefix) from e
 
     def delete(self, name: str) -> None:
         try:
             self.client.remove_object(self.bucket, self._key(name))
-        except (S3Error, urllib3.exceptions.HTTPError) as e:
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
             raise self._error(e, name) from e
 
 

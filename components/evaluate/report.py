@@ -6,6 +6,7 @@ dark, print and phone clothes. Charts are inline SVG in percent of their box, so
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from components.common.names import BASE
+from components.common.records import SOURCES
 from components.common.sealed import Manifest
 from components.evaluate.completed import PUBLISHED as PUBLISHED_SIMILARITY
 
@@ -198,7 +200,7 @@ def _points(curve: dict[str, Any], most: int = 120) -> tuple[list[tuple[int, flo
     for start in range(0, len(losses), size):
         group = losses[start : start + size]
         train.append((start + len(group), sum(group) / len(group)))
-    return train, [(p["step"], math.log(p["perplexity"])) for p in curve["validation"]]
+    return train, [(p["step"], math.log(p["perplexity"])) for p in curve["validation"] if p["perplexity"] is not None]
 
 
 def budget(summary: dict[str, Any]) -> str:
@@ -318,15 +320,28 @@ def _of_its_completions(summary: dict[str, Any], name: str) -> list[str]:
     return said
 
 
+def _ingest_command(corpus: Manifest | None) -> str:
+    """The command that made the corpus, its source as it was given to it."""
+    if corpus is None:
+        return "feyntune ingest SOURCE --out corpus"
+    kind, _, prefix = str(corpus.config["source"]).partition("-")
+    words = ["feyntune", "ingest", f"{kind}:{corpus.facts.get('given', 'SOURCE')}", "--out", "corpus"]
+    words += ["--prefix", prefix] if prefix else []
+    words += [] if SOURCES[corpus.config["source"]] else ["--converted-text"]
+    words += ["--until", corpus.config["until"]] if corpus.config.get("until") else []
+    words += ["--categories", ",".join(corpus.config["categories"])] if corpus.config.get("categories") else []
+    return shlex.join(words)
+
+
 def _reproduce(summary: dict[str, Any], manifests: Mapping[str, Manifest]) -> dict[str, Any]:
     """The commands that make these figures again, and the digests they must give."""
     split, evaluation = manifests["split"], manifests["evaluation"]
     corpus = manifests.get("corpus")
-    source = corpus.config.get("source", "SOURCE") if corpus else "SOURCE"
-    options = f" --until {corpus.config['until']}" if corpus and corpus.config.get("until") else ""
-    commands = [f"feyntune ingest {source} --out corpus{options}"]
+    commands = [_ingest_command(corpus)]
     after = split.config.get("after")
     commands.append("feyntune split corpus --out split" + (f" --after {after}" if after else ""))
+    if "previous" in split.inputs:
+        commands[-1] += " --previous PREVIOUS"
     known = {k: v for k, v in manifests.items() if k in summary["variants"]}
     for name, adapter in known.items():
         mixture, _, method = name.rpartition("/")

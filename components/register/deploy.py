@@ -135,11 +135,18 @@ def serving_of_run(serving: dict[str, Any], base: str, registry: str) -> Serving
     """The description a pipeline run was given, with the run's own base and registry.
 
     Raises:
-        UserError: a field is unknown, missing or impossible, or names another registry than the run's.
+        UserError: a field is unknown, missing or impossible, names another registry than the run's, or asks for keys,
+            which no step of a run holds.
     """
     if serving.get("registry", registry) != registry:
         raise UserError(f"Serving description: registry: leave it out, or give the run's own, {registry}.")
-    return parse_spec({"base": base, **serving, "registry": registry})
+    spec = parse_spec({"base": base, **serving, "registry": registry})
+    if spec.keys_secret is not None:
+        raise UserError(
+            "Serving description: keys_secret: a run holds no key to try the endpoint with: leave it out, and deploy "
+            "with `feyntune deploy --key-file`."
+        )
+    return spec
 
 
 def render(spec: ServingSpec, state: State) -> list[Object]:
@@ -207,8 +214,11 @@ def deploy(
 
     Raises:
         DeployError: it did not come to answer; says why, and whether it could be put back.
-        UserError: the cluster cannot be reached, or the Secret is not there; nothing was changed.
+        UserError: the cluster cannot be reached, the Secret is not there, or the endpoint will ask for a key and none
+            is given; nothing was changed.
     """
+    if spec.keys_secret is not None and key is None:
+        raise UserError("keys_secret: the endpoint will ask for a key: give one of its keys with --key-file.")
     from kubernetes.client.exceptions import ApiException
 
     registry = Registry.open(spec.registry)
@@ -491,6 +501,8 @@ class _Endpoint:
     def lists(self, wanted: dict[str, str]) -> bool:
         """Whether the endpoint lists the base and exactly these adapters, each in the version meant."""
         answer = self.http.request("GET", f"{self.api}/models", headers=self.headers)
+        if answer.status == 401:
+            raise DeployError("the endpoint refuses the key, or that none was given (401)")
         if answer.status != 200:
             return False
         listed = {m["id"]: m.get("root") for m in answer.json()["data"]}

@@ -104,9 +104,9 @@ class Catalog:
                 continue
             try:
                 await self._load(version)
-            except (Refused, UserError) as e:
+            except (Refused, UserError, OSError) as e:  # OSError: the disk is full, for one
                 refused[version.name] = str(e)
-                transient |= isinstance(e, StoreError | NoSlot)
+                transient |= isinstance(e, StoreError | NoSlot | OSError)
                 if self.refused.get(version.name) != str(e):
                     log.error("adapter %s is refused: %s", version.name, e)
                 metrics.LOADS.labels(slug(version.variant), "refused").inc()

@@ -23,6 +23,7 @@ from components.serve.completions import ApiError, Choice, Piece, Request, Serve
 from components.serve.text import Detokenizer
 
 PREFIX = "/openai/v1"
+_CHAT_TOKENS = 1024  # at most, where a conversation asks for no number: memory is set aside for each
 
 
 def _unicode(text: str) -> str:
@@ -235,7 +236,9 @@ async def _chat(server: Server, asked: ChatRequest) -> Response:
         ids: Any = await asyncio.to_thread(template, messages)
     except Exception as e:  # a template raises what it likes at conversations it does not allow
         raise ApiError(400, "invalid_messages", f"The chat template refuses this: {e}", param="messages") from e
-    max_tokens = asked.max_completion_tokens or asked.max_tokens or max(1, engine.max_length - len(ids))
+    max_tokens = (
+        asked.max_completion_tokens or asked.max_tokens or max(1, min(_CHAT_TOKENS, engine.max_length - len(ids)))
+    )
     stop = asked.stops(server.limits.stop)
     n = asked.n or 1
     _check_choices(server, n)

@@ -1,12 +1,16 @@
+import contextlib
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from pydantic import SecretStr
 
 from components.common.errors import UserError
 from components.common.sealed import MANIFEST, File, Manifest, SealError, _digest, open_sealed, seal
-from components.common.store import FolderStore, Missing, StoreError, open_store, pull, push, stored_manifest
+from components.common.settings import S3Settings
+from components.common.store import FolderStore, Missing, S3Store, StoreError, open_store, pull, push, stored_manifest
 
 
 def sealed(folder, content=b"one", **facts):
@@ -193,3 +197,52 @@ def test_a_write_that_died_leaves_nothing_that_is_listed(tmp_path):
     store.put("a/x", b"1")
     (tmp_path / "a" / ".put.dead").write_bytes(b"half")
     assert list(store.names()) == ["a/x"]
+
+
+@contextlib.contextmanager
+def _answering(*answers):
+    """A store's address whose requests get these answers, (status, content type), in turn, then the last for ever.
+
+    Yields the store, which tries twice, and the list of methods asked.
+    """
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, kind = answers[min(len(asked), len(answers) - 1)]
+            asked.append(self.command)
+            self.send_response(status)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    settings = S3Settings(host=host, secure=False, access_key=SecretStr("a"), secret_key=SecretStr("b"), region="x")
+    try:
+        yield S3Store("s3://bucket", settings, tries=2), asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("size", [100, 6 << 20])
+def test_a_busy_store_is_asked_again_for_small_and_large_uploads(tmp_path, size):
+    (tmp_path / "file").write_bytes(bytes(size))
+    with _answering((503, "application/xml")) as (store, asked):
+        with pytest.raises(StoreError):
+            store.put_file("x", tmp_path / "file")
+        assert asked == (["PUT"] if size == 100 else ["POST"]) * 3
+
+
+@pytest.mark.parametrize("call", [lambda s: s.get("x"), lambda s: s.put("x", b""), lambda s: list(s.names())])
+def test_a_page_in_place_of_an_answer_is_one_sentence(call):
+    with _answering((429, "text/html")) as (store, _), pytest.raises(StoreError, match="not an S3 store"):
+        call(store)

@@ -5,10 +5,13 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from components.common.sealed import read_manifest
+from components.common.sealed import read_manifest, seal
 from components.evaluate.compare import compare
-from components.evaluate.report import _number, _signed, ticks
+from components.evaluate.report import _ingest_command, _number, _points, _signed, ticks
+from components.ingest.ingest import ingest
+from pipelines.cli import app
 from tests.evaluate.conftest import QUICK
 from tests.evaluate.test_evaluate import reseal
 
@@ -136,3 +139,26 @@ def test_a_page_without_completions_or_similarity_says_so(tmp_path, compared, ev
     assert "No semantic similarity:</strong> the hub is &lt;away&gt;" in page
     assert "0.88" not in page
     assert "Similarity" not in page.replace("No semantic similarity", "").replace("similarity: all-mpnet", "")
+
+
+def test_the_report_names_the_command_that_makes_its_corpus_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = ingest("synthetic:120:3", tmp_path / "first", until="2024-08-22", categories=["hep-th", "gr-qc"])
+    command = _ingest_command(made)
+    assert command == "feyntune ingest synthetic:120:3 --out corpus --until 2024-08-22 --categories gr-qc,hep-th"
+    done = CliRunner().invoke(app, command.split()[1:])
+    assert done.exit_code == 0, done.output
+    assert read_manifest("corpus").digest == made.digest
+
+
+def test_an_oai_corpus_is_named_by_its_address_and_prefix(tmp_path):
+    with seal(
+        tmp_path / "corpus", "corpus", config={"source": "oai-arXiv", "until": None, "categories": None}
+    ) as folder:
+        folder.facts["given"] = "https://oai.example/oai"
+    said = _ingest_command(read_manifest(tmp_path / "corpus"))
+    assert said == "feyntune ingest oai:https://oai.example/oai --out corpus --prefix arXiv --converted-text"
+
+
+def test_a_training_without_validation_papers_has_a_curve_all_the_same():
+    assert _points({"loss": [1.0, 2.0], "validation": [{"step": 0, "perplexity": None}]}) == ([(1, 1.0), (2, 2.0)], [])

@@ -13,6 +13,7 @@ from components.register.deploy import (
     render,
     secret_annotations,
     service_account,
+    serving_of_run,
 )
 from components.register.register import register
 from components.register.registry import Registry
@@ -244,7 +245,7 @@ FAILURES = {
     "a broken adapter": (lambda k: k.silent.add("hep-th.lora-qkv"), "hep-th.lora-qkv answered 500: .*adapter broke"),
     "a refused create": (lambda k: k.fail("POST", "inferenceservices", 422), "422 .*ordered by the test"),
     "a forbidden read": (lambda k: k.fail("GET", "/inferenceservices", 403, 99), "403 .*ordered by the test"),
-    "a key is asked for": (lambda k: setattr(k, "key", "hush"), "waited in vain for the endpoint"),
+    "a key is asked for": (lambda k: setattr(k, "key", "hush"), "none was given"),
 }
 
 
@@ -304,6 +305,16 @@ def test_a_cluster_that_is_not_there_is_said_so(registry):
         pass
     with pytest.raises(UserError, match="Nothing was deployed"):
         go(gone, spec(registry))
+
+
+def test_an_endpoint_with_keys_is_not_deployed_without_one(kube, registry):
+    with pytest.raises(UserError, match="--key-file"):
+        go(kube, spec(registry, keys_secret="keys"))
+    assert deployed(kube) == {}
+    with pytest.raises(UserError, match="keys_secret: a run holds no key"):
+        serving_of_run(
+            {"namespace": "n", "image": "x", "keys_secret": "keys", "s3_endpoint": "http://s3"}, "s3://b/base", registry
+        )
 
 
 def test_the_endpoints_key_is_sent_and_not_shown(kube, registry):

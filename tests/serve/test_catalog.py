@@ -109,10 +109,11 @@ def test_a_version_that_cannot_be_served_leaves_the_old_one_and_is_not_fetched_a
     assert catalog.refused == {}
 
 
-def test_a_store_that_hiccups_is_asked_again_at_the_next_look(source):
+@pytest.mark.parametrize("trouble", [StoreError("the store does not answer"), OSError(28, "No space left on device")])
+def test_a_store_or_disk_that_hiccups_is_asked_again_at_the_next_look(source, trouble):
     catalog = Catalog(source, Engine(), BASE)
     source.names = {"champion": ONE}
-    source.broken[ONE.name] = StoreError("the store does not answer")
+    source.broken[ONE.name] = trouble
     refreshed(catalog)
     assert catalog.resolve("champion") is None
     source.broken.clear()
