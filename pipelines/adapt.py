@@ -15,7 +15,8 @@ class Settings(BaseModel):
     Attributes:
         images: prefix of the images, such as `registry.example/team`.
         tag: of the images.
-        defaults: of the pipelines' parameters, by name; those a pipeline does not have are left out.
+        defaults: of the pipelines' parameters, by name; those a pipeline does not have are left out. `devices` is
+            also the number of GPUs that a training's pod asks for.
         nodeSelector, tolerations: of the steps that ask for GPUs, in Kubernetes' own form.
         queue: the Kueue LocalQueue of the steps that ask for GPUs.
         pullSecrets: names of Secrets with a registry's login, for every step.
@@ -68,6 +69,9 @@ def adapt(text: str, settings: Settings) -> str:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]
         if "accelerator" in container.get("resources", {}):
             _pool(step, settings)
+            if name.startswith("exec-train") and "devices" in settings.defaults:
+                count = str(settings.defaults["devices"])
+                container["resources"]["accelerator"] |= {"count": count, "resourceCount": count}
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     for name, value in settings.defaults.items():
         if name not in parameters:

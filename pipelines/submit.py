@@ -3,6 +3,7 @@
 Idempotent: a pipeline is uploaded once, each release once as a version of it.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,8 +122,12 @@ def _package(pipeline: str, images: str | None, flavour: str, settings: str | No
 
 
 def _upload_once(client: Any, name: str, version: str, package: Path, namespace: str | None) -> str:
-    pipeline = client.get_pipeline_id(name)
-    if pipeline is None:
+    # get_pipeline_id of the client looks among shared pipelines only.
+    wanted = json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": name}]})
+    found = client.list_pipelines(filter=wanted, namespace=namespace).pipelines
+    if found:
+        pipeline = found[0].pipeline_id
+    else:
         pipeline = client.upload_pipeline(str(package), pipeline_name=name, namespace=namespace).pipeline_id
         # Kubeflow names the first version after the pipeline; ours are named after the release.
     for known in client.list_pipeline_versions(pipeline, page_size=100).pipeline_versions or []:

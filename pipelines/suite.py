@@ -229,6 +229,7 @@ def _cpu_step(task: dsl.PipelineTask, memory: str = "4Gi", hub: bool = False) ->
     )
     if hub:
         kubernetes.use_secret_as_env(task, HUB_SECRET, {"HF_TOKEN": "HF_TOKEN"}, optional=True)
+    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "feyntune")  # what the chart's policies go by
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     task.set_env_variable("FEYNTUNE_LOG", "json").set_env_variable("HOME", "/tmp")
     return task.set_cpu_request("1").set_memory_request("1Gi").set_memory_limit(memory)
@@ -240,6 +241,7 @@ def _gpu_step(task: dsl.PipelineTask, flavour: str, gpus: int) -> dsl.PipelineTa
     kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="16Gi")
     if flavour == "gpu":
         task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+        task.set_env_variable("FEYNTUNE_EXPECT_GPU", "1")
         kubernetes.add_node_selector(task, "cloud.google.com/gke-accelerator", "nvidia-tesla-a100")
         kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
     return task

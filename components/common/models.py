@@ -61,9 +61,18 @@ def prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def best_device() -> torch.device:
-    """The accelerator of this process (by LOCAL_RANK), or the CPU."""
+    """The accelerator of this process (by LOCAL_RANK), or the CPU.
+
+    Raises:
+        UserError: there is none though FEYNTUNE_EXPECT_GPU is set, as it is in pipeline steps that ask for GPUs.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if os.environ.get("FEYNTUNE_EXPECT_GPU"):
+        raise UserError(
+            "This step was given GPUs but torch sees none: the node's driver does not reach the container, or its "
+            "image is not the CUDA build. See docs/operate.md, Out of GPU."
+        )
     return torch.device("cpu")
 
 

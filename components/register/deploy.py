@@ -282,6 +282,7 @@ def _serving_runtime(spec: ServingSpec) -> Object:
             {"name": "AWS_DEFAULT_REGION", "value": spec.s3_region},
             _from_secret("AWS_ACCESS_KEY_ID", spec.s3_secret),
             _from_secret("AWS_SECRET_ACCESS_KEY", spec.s3_secret),
+            _from_secret("HF_TOKEN", "feyntune-hub", optional=True),
         ],
         "ports": [{"name": "http1", "containerPort": 8080, "protocol": "TCP"}],
         "startupProbe": probe("ready") | {"periodSeconds": 5, "failureThreshold": 360},
@@ -398,8 +399,8 @@ def _resources(spec: ServingSpec) -> Object:
     return {"requests": {"cpu": spec.cpu, "memory": spec.memory, **gpus}, "limits": {"memory": spec.memory, **gpus}}
 
 
-def _from_secret(name: str, secret: str) -> Object:
-    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name}}}
+def _from_secret(name: str, secret: str, **more: bool) -> Object:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, **more}}}
 
 
 def _client() -> Any:
@@ -466,7 +467,8 @@ class _Cluster:
         conditions = {c["type"]: c for c in status.get("conditions", [])}
         if conditions.get("Ready", {}).get("status") != "True":
             return None
-        return status.get("url") or status.get("address", {}).get("url")
+        # In the cluster first: `url` is an outside name, which only an ingress makes reachable.
+        return status.get("address", {}).get("url") or status.get("url")
 
     def put_back(self, objects: list[Object], before: list[Object | None]) -> str:
         """Restore what was there; says in a sentence how far that went."""

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_w
 
 from components.common.base import pin_base, split_pin
 from components.common.errors import Interrupted, UserError
-from components.common.models import check_fit, load_base, load_tokenizer
+from components.common.models import best_device, check_fit, load_base, load_tokenizer
 from components.common.names import METHODS
 from components.common.packed import IGNORE, Packed, backbone, budgeted, head, hidden_states, kernel, pack
 from components.common.sealed import Manifest, open_sealed, seal, sha256_json
@@ -279,7 +279,7 @@ def _ranks(config: TrainConfig) -> Iterator[_Ranks]:
             f"devices is {config.devices}, but {world} processes were started: start the training through "
             "components.train.launch, which starts one to a device."
         )
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    cuda = config.device == "cuda" or (config.device == "auto" and best_device().type == "cuda")
     if cuda and torch.cuda.device_count() < world:
         raise UserError(f"devices is {world}, but this machine has {torch.cuda.device_count()} GPUs: lower it.")
     if cuda and config.deterministic:

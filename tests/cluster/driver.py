@@ -197,9 +197,9 @@ def pod_of(name: str, container: dict[str, Any], extra: dict[str, Any]) -> dict[
         source = {"medium": mount["medium"], "sizeLimit": mount["sizeLimit"]}
         volumes.append({"name": mount["volumeName"], "emptyDir": source})
         mounts.append({"name": mount["volumeName"], "mountPath": mount["mountPath"]})
-    user = extra["securityContext"]
+    user, own = extra["securityContext"], extra.get("podMetadata", {})
     return {
-        "metadata": {"name": name, "labels": {"pipelines.kubeflow.org/v2_component": "true"}},
+        "metadata": {"name": name, "labels": {"pipelines.kubeflow.org/v2_component": "true", **own.get("labels", {})}},
         "spec": {
             "restartPolicy": "Never",
             "automountServiceAccountToken": False,

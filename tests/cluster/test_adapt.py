@@ -59,6 +59,14 @@ def test_defaults_variables_and_logins_are_those_of_the_settings():
         assert steps[name]["imagePullSecret"] == [{"secretName": "login"}]
 
 
+def test_a_training_asks_for_as_many_gpus_as_devices_and_no_other_step_does():
+    before, _ = executors(SUITE)
+    made, _ = executors(adapt(SUITE, Settings(defaults={"devices": 2})))
+    asked = {n: e["container"]["resources"].get("accelerator", {}).get("resourceCount") for n, e in made.items()}
+    assert {n for n, count in asked.items() if count == "2"} == {n for n in made if n.startswith("exec-train")}
+    assert {before[n]["container"]["resources"]["accelerator"]["count"] for n, c in asked.items() if c == "1"} == {"1"}
+
+
 def test_a_default_of_the_wrong_kind_is_refused():
     with pytest.raises(UserError, match="Default of store is 3"):
         adapt(SUITE, Settings(defaults={"store": 3}))

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from pipelines.adapt import read_settings
+from pipelines.compile import COMPILED
 from tests.cluster.charts import APIS, CASES, CHART, ROOT, SECRETS, pods, render, render_with_cli, tool
 
 VERSIONS = ["1.29", "1.30", "1.31", "1.32", "1.33", "1.34"]
@@ -231,6 +232,35 @@ def test_network_policies_open_the_port_of_an_external_store(rendered):
         {"objectStore": {"kind": "external", "endpoint": "https://s3.example", "credentials": {"existing": True}}}
     )
     assert named(plain, "NetworkPolicy", "feyntune-to-store")["spec"]["egress"][0]["ports"][0]["port"] == 443
+
+
+def test_the_steps_policy_and_monitor_choose_our_steps_and_nobody_elses(rendered):
+    objects = rendered["with everything"]
+    chosen = named(objects, "NetworkPolicy", "feyntune-steps")["spec"]["podSelector"]["matchLabels"]
+    assert named(objects, "PodMonitor", "feyntune-training")["spec"]["selector"]["matchLabels"] == chosen
+    kubeflows = {"pipelines.kubeflow.org/v2_component": "true"}  # on every step of every pipeline
+    assert not chosen.items() <= kubeflows.items()
+    for compiled in COMPILED.glob("*.yaml"):
+        _, platform = yaml.safe_load_all(compiled.read_text())
+        steps = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        assert steps
+        assert all(chosen.items() <= {**kubeflows, **step["podMetadata"]["labels"]}.items() for step in steps.values())
+
+
+def test_no_pod_of_a_profile_gets_a_sidecar_that_the_policies_would_cut_off(rendered):
+    for o in rendered["in a Kubeflow profile"]:
+        if o["kind"] in ("Deployment", "StatefulSet", "Job", "InferenceService"):
+            made = o["spec"].get("template", o)["metadata"]
+            assert made.get("annotations", {}).get("sidecar.istio.io/inject") == "false", o["metadata"]["name"]
+
+
+def test_a_bucket_is_made_anew_on_another_store():
+    def job(endpoint):
+        store = {"kind": "external", "endpoint": endpoint, "credentials": {"existing": True}}
+        (name,) = [n for n in pods(render({"objectStore": store})) if n.startswith("Job feyntune-bucket")]
+        return name
+
+    assert job("https://a.example") == job("https://a.example") != job("https://b.example")
 
 
 def test_standalone_runs_in_kubeflows_namespace_and_a_profile_in_its_own(rendered):

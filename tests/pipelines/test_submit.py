@@ -58,7 +58,8 @@ def test_arguments_that_the_pipeline_cannot_take_are_refused_before_the_host_is_
 def test_a_multi_user_host_gets_the_token_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret-of-a-test\n")
     with kubeflow(token="secret-of-a-test") as server:
-        upload(server.url, "0.1.0", namespace="physics", token_file=str(tmp_path / "token"))
+        for version in ("0.1.0", "0.2.0"):  # the second finds the pipelines of the first in their namespace
+            upload(server.url, version, namespace="physics", token_file=str(tmp_path / "token"))
         assert {p["namespace"] for p in server.pipelines.values()} == {"physics"}
         with pytest.raises(UserError, match=r"401.*token") as refused:
             upload(server.url, "0.1.0")

@@ -148,6 +148,12 @@ def test_every_container_is_restricted(registry, make):
         assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
 
 
+def test_the_pods_may_have_the_hubs_token(registry):
+    runtime = render(spec(registry), Registry.open(registry).snapshot())[0]
+    (token,) = [e for e in runtime["spec"]["containers"][0]["env"] if e["name"] == "HF_TOKEN"]
+    assert token["valueFrom"]["secretKeyRef"] == {"name": "feyntune-hub", "key": "HF_TOKEN", "optional": True}
+
+
 def test_keys_are_named_and_never_contained(registry, monkeypatch, s3_server):
     for make in (spec, llm):
         wanted = make(registry)

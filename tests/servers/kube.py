@@ -117,7 +117,8 @@ class KubeServer:
                 there["status"] = {
                     "observedGeneration": there["metadata"]["generation"],
                     "conditions": [{"type": "Ready", "status": "True"}],
-                    "url": f"{self.url}/endpoint",
+                    "url": "http://abstracts-physics.example.com",  # outside: nobody resolves it
+                    "address": {"url": f"{self.url}/endpoint"},
                 }
         return 200, {k: v for k, v in there.items() if k != "reads"}
 

@@ -61,7 +61,8 @@ class Kubeflow:
         return _json({"multi_user": self.token is not None})
 
     def _list_pipelines(self, request: Request) -> Response:
-        found = list(self.pipelines.values())
+        namespace = request.args.get("namespace") or None  # without one: shared pipelines only
+        found = [p for p in self.pipelines.values() if p["namespace"] == namespace]
         if "filter" in request.args:
             predicate = json.loads(request.args["filter"])["predicates"][0]
             assert predicate["key"] in ("display_name", "name"), predicate
@@ -70,9 +71,10 @@ class Kubeflow:
 
     def _upload(self, request: Request) -> Response:
         name = request.args["name"]
-        if any(p["display_name"] == name for p in self.pipelines.values()):
+        namespace = request.args.get("namespace") or None
+        if any((p["display_name"], p["namespace"]) == (name, namespace) for p in self.pipelines.values()):
             return _json({"error": f"Already exist error: pipeline {name}"}, 409)
-        pipeline = {"pipeline_id": str(uuid.uuid4()), "display_name": name, "namespace": request.args.get("namespace")}
+        pipeline = {"pipeline_id": str(uuid.uuid4()), "display_name": name, "namespace": namespace}
         self.pipelines[pipeline["pipeline_id"]] = pipeline
         self.versions[pipeline["pipeline_id"]] = []
         self._keep_version(pipeline["pipeline_id"], name, request)
