@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     threads: PositiveInt | None = None  # CPU threads of a process; None: torch's choice, 1 if deterministic
     micro_batch_tokens: PositiveInt | None = None  # most tokens computed at once; None: chosen for the device
     checkpoint_layers: Literal["auto"] | NonNegativeInt = "auto"  # layers that recompute instead of remember
-    compile: bool = False  # norms and MLPs by torch.compile: a minute first, then a few percent (see README)
+    compile: bool = False  # norms and MLPs by torch.compile: a minute first, then a few percent; needs a C compiler
     loss_words: PositiveInt | None = None  # of the vocabulary at once in the loss; None: 1024 on a CPU, 8192 on a GPU
     save_every_steps: PositiveInt | None = None  # checkpoint after so many steps
     save_every_seconds: PositiveFloat | None = 300  # checkpoint when so much time has passed

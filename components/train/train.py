@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -284,6 +285,8 @@ def _ranks(config: TrainConfig) -> Iterator[_Ranks]:
         raise UserError(f"devices is {world}, but this machine has {torch.cuda.device_count()} GPUs: lower it.")
     if cuda and config.deterministic:
         raise UserError("deterministic training runs on CPUs only: set device to cpu, or deterministic to false.")
+    if config.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        raise UserError("compile needs a C compiler when it runs, and the images hold none: set compile to false.")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     threads = config.threads or (1 if config.deterministic else None)
     if threads is not None:

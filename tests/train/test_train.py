@@ -84,6 +84,12 @@ def test_checkpointed_layers_and_small_micro_batches_change_nothing(job):
     assert curve(job(out="plain")["out"])["loss"] == pytest.approx(curve(job(out="frugal")["out"])["loss"], abs=1e-5)
 
 
+def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(job, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="compile needs a C compiler"):
+        train(**job(steps=3, compile=True))
+
+
 @pytest.mark.slow
 def test_compiled_layers_change_nothing(job):
     train(**job(out="plain", steps=3))
