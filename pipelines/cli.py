@@ -265,7 +265,7 @@ def serve(
     port: Annotated[int, typer.Option(help="HTTP port.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8081,
     precision: Annotated[str, typer.Option(help="Of the base in memory: bf16, fp32 or nf4.")] = "fp32",
-    max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 24,
+    max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 40,
     max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 16,
     canary_share: Annotated[
         float, typer.Option(help="Share (0 to 1) of the champion's requests for the newest version in staging.")

@@ -8,6 +8,9 @@ from kfp import dsl
 @dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
 def preflight(
     source: str,
+    until: str,
+    categories: List[str],  # noqa: UP006
+    after: str,
     variants: List[str],  # noqa: UP006
     variant: str,
     base: str,
@@ -20,7 +23,9 @@ def preflight(
     """Fail in seconds on what would fail after hours; pin the base, the source and the code."""
     from pipelines.preflight import preflight
 
-    return preflight(source, [variant] if variant else variants, base, recipe, devices, store, registry, serving)
+    chosen = [variant] if variant else variants
+    days = {"until": until, "after": after}
+    return preflight(source, chosen, base, recipe, devices, store, registry, serving, days, categories)
 
 
 @dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)

@@ -233,6 +233,7 @@ def _add_registration(summary: dict[str, Any], registration: dict[str, Any]) -> 
     for name, decided in registration["variants"].items():
         summary["variants"][name]["promoted"] = decided["promoted"]
         summary["variants"][name]["gate"] = decided["reasons"]
+        summary["variants"][name]["champion"] = decided["champion"]  # this version, not an older one of the variant
 
 
 def show(folder: Path, workdir: Path) -> None:
@@ -247,7 +248,8 @@ def show(folder: Path, workdir: Path) -> None:
     table.add_column("gate")
     table.add_row("base", f"{summary['base']['perplexity']['abstract_mean']:.2f}", "", "", "", "", "")
     for name, v in sorted(summary["variants"].items(), key=lambda item: item[1]["delta"]["mean"]):
-        mark = "champion" if name == summary["champion"] else ("passed" if v["promoted"] else "refused")
+        mark = {None: "not registered", True: "passed", False: "refused"}[v["promoted"]]
+        mark = "champion" if v.get("champion") else mark
         delta = v["delta"]
         table.add_row(
             name,
@@ -274,5 +276,5 @@ def show(folder: Path, workdir: Path) -> None:
             soft_wrap=True,
             highlight=False,
         )
-    else:
+    elif all(v["promoted"] is not None for v in summary["variants"].values()):
         out.print("No variant passed the gate; nothing is promoted.", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,15 +38,23 @@ def preflight(
     store: str,
     registry: str,
     serving: dict[str, Any] | None = None,
+    days: dict[str, str] | None = None,
+    categories: list[str] | None = None,
 ) -> Pinned:
     """Check everything a run needs, in seconds.
 
+    Args:
+        days: parameters that are days, by name; "" where none is given.
+        categories: what is ingested, by primary category; None is all.
+
     Raises:
-        UserError: an unknown variant or setting, a source that is not there, a base that cannot be found, a store
-            that cannot be written, a serving description that no endpoint can have.
+        UserError: an unknown variant or setting, a day that is none, test categories that are not ingested, a source
+            that is not there, a base that cannot be found, a store that cannot be written, a serving description that
+            no endpoint can have.
     """
     setup()
     from components.evaluate.config import EvaluateConfig
+    from components.ingest.fields import Wanted
     from components.train.config import parse_config
 
     names = chosen(variants)
@@ -54,10 +63,20 @@ def preflight(
         raise UserError(f"recipe holds {', '.join(sorted(unknown))}; it has two parts, train and evaluate.")
     parse_config({**recipe.get("train", {}), "devices": devices})
     try:
-        EvaluateConfig.model_validate(recipe.get("evaluate", {}))
+        scored = EvaluateConfig.model_validate(recipe.get("evaluate", {})).categories
     except ValidationError as e:
         first = e.errors()[0]
         raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
+    for name, day in (days or {}).items():
+        if day and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", day):
+            raise UserError(f"{name} is {day!r}, not a day: write it as 2024-08-22.")
+    read = Wanted(categories)
+    for category in scored:
+        if not read.takes(category) and not any(c.startswith(f"{category}.") for c in read.names or ()):
+            raise UserError(
+                f"recipe.evaluate.categories: {category} is not among what is ingested "
+                f"(categories: {', '.join(sorted(read.names or ()))})."
+            )
     if serving:
         from components.register.deploy import serving_of_run
 

@@ -97,6 +97,9 @@ def _steps(
     """The tasks of either pipeline; every argument is a pipeline parameter or a constant."""
     pinned = preflight(
         source=source,
+        until=until,
+        categories=categories,
+        after=after,
         variants=variants,
         variant=variant,
         base=base,
@@ -109,7 +112,7 @@ def _steps(
     _cpu_step(pinned, hub=True).set_caching_options(False)
     pin = pinned.outputs
 
-    corpus = ingest(source=source, until=until, categories=categories, fingerprint=pin["fingerprint"])
+    corpus = ingest(source=source, until=until, categories=categories, fingerprint=pin["fingerprint"], store=store)
     _cpu_step(corpus, memory="8Gi").set_retry(3, backoff_duration="60s")
     papers = split(corpus=corpus.outputs["corpus"], after=after, fingerprint=pin["fingerprint"])
     _cpu_step(papers, memory="16Gi")
@@ -241,7 +244,6 @@ def _gpu_step(task: dsl.PipelineTask, flavour: str, gpus: int) -> dsl.PipelineTa
     kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="16Gi")
     if flavour == "gpu":
         task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
-        task.set_env_variable("FEYNTUNE_EXPECT_GPU", "1")
         kubernetes.add_node_selector(task, "cloud.google.com/gke-accelerator", "nvidia-tesla-a100")
         kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
     return task

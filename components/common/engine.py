@@ -53,7 +53,7 @@ class Settings:
         stall_seconds: an engine with work and no step for so long is reported dead.
     """
 
-    max_adapters: int = 24
+    max_adapters: int = 40
     max_rank: int = 16
     batch_tokens: int = 512
     batch_requests: int = 64

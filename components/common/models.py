@@ -64,7 +64,7 @@ def best_device() -> torch.device:
     """The accelerator of this process (by LOCAL_RANK), or the CPU.
 
     Raises:
-        UserError: there is none though FEYNTUNE_EXPECT_GPU is set, as it is in pipeline steps that ask for GPUs.
+        UserError: there is none though FEYNTUNE_EXPECT_GPU is set, as the chart sets it where steps ask for GPUs.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

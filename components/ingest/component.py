@@ -11,10 +11,17 @@ def ingest(
     until: str,
     categories: List[str],  # noqa: UP006
     fingerprint: str,
+    store: str,
     corpus: dsl.Output[dsl.Dataset],
 ):
     """Read papers from a source into a canonical corpus. `fingerprint` makes a changed source or code a new task."""
+    import hashlib
+
+    from components.common.store import FolderStore, open_store
     from components.ingest.ingest import ingest
 
-    manifest = ingest(source, corpus.path, until=until or None, categories=categories)
+    kept, harvest = open_store(store), None
+    if isinstance(kept, FolderStore):  # on this machine's disk: it outlives the step and goes on where it was
+        harvest = kept.root / "harvests" / hashlib.sha256(source.encode()).hexdigest()[:16]
+    manifest = ingest(source, corpus.path, until=until or None, categories=categories, state=harvest)
     corpus.metadata["digest"] = manifest.digest

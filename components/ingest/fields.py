@@ -41,6 +41,7 @@ class Row(NamedTuple):
     paper: Paper
     updated: str  # ISO date of the last change of the metadata: of records with one id the newest stays
     deleted: bool = False  # the source says that the paper is gone (OAI-PMH); only its id counts
+    unwanted: bool = False  # its primary category is not asked for (any more); only its id counts
 
 
 class Wanted:

@@ -21,7 +21,7 @@ from components.common.sealed import Manifest, read_manifest, seal
 from components.common.telemetry import log, progress
 from components.ingest.fields import Row, Wanted
 from components.ingest.sorting import write_sorted
-from components.ingest.tally import AFTER_CUT_OFF, DELETED, REPEATED, Tally
+from components.ingest.tally import AFTER_CUT_OFF, DELETED, OTHER_CATEGORY, REPEATED, Tally
 
 
 def ingest(
@@ -151,7 +151,7 @@ def _up_to(rows: Iterator[Row], last_day: date | None, tally: Tally) -> Iterator
             if k % 1000 == 0:
                 shown.advance(tally.read - said)
                 said = tally.read
-            if last_day is not None and row.paper.date > last_day:
+            if last_day is not None and not row.unwanted and row.paper.date > last_day:
                 tally.left_out[AFTER_CUT_OFF] += 1
                 continue
             yield row
@@ -161,13 +161,14 @@ class _Counts:
     """The figures of the corpus itself, added up part by part."""
 
     def __init__(self) -> None:
-        self.kept = self.withdrawn = self.replaced = self.deleted = 0
+        self.kept = self.withdrawn = self.replaced = self.deleted = self.unwanted = 0
         self.by_primary: Counter[str] = Counter()
         self.dates: list[date] = []
 
-    def add(self, part: pa.Table, replaced: int, deleted: int) -> None:
+    def add(self, part: pa.Table, replaced: int, deleted: int, unwanted: int) -> None:
         self.replaced += replaced
         self.deleted += deleted
+        self.unwanted += unwanted
         if part.num_rows:
             self.kept += part.num_rows
             self.withdrawn += pc.sum(part["withdrawn"]).as_py()
@@ -180,15 +181,19 @@ class _Counts:
         counts: dict[str, Any] = tally.as_json()
         counts["kept"] = self.kept
         counts["withdrawn"] = self.withdrawn
-        for reason, count in ((REPEATED, self.replaced), (DELETED, self.deleted)):
+        for reason, count in (
+            (REPEATED, self.replaced),
+            (DELETED, self.deleted),
+            (OTHER_CATEGORY, self.unwanted),
+        ):
             if count:
-                counts["left_out"][reason] = count
+                counts["left_out"][reason] = counts["left_out"].get(reason, 0) + count
         counts["by_primary"] = dict(sorted(self.by_primary.items()))
         counts["dates"] = [d.isoformat() for d in self.dates]
         path.write_text(json.dumps(counts, indent=1) + "\n")
 
     def why(self, tally: Tally) -> str:
-        reasons = tally.left_out | tally.refused
+        reasons = tally.left_out | Counter({OTHER_CATEGORY: self.unwanted}) | tally.refused
         return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "the source is empty"
 
 

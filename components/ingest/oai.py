@@ -22,7 +22,7 @@ from components.common.errors import UserError
 from components.common.records import SOURCES, Paper
 from components.common.telemetry import log, progress
 from components.ingest.fields import BadRecord, Row, Wanted, make_paper, parse_id
-from components.ingest.tally import OTHER_CATEGORY, Tally
+from components.ingest.tally import Tally
 
 _TRIES = 4  # of a page that does not arrive whole
 _RESTARTS = 3  # with an expired token, without getting further
@@ -120,10 +120,8 @@ class Harvest:
                     identifier = record.findtext("{*}header/{*}identifier", "")
                     tally.bad(f"{page.name}:{record.sourceline} {identifier}".strip(), str(e))
                     continue
-                if row.deleted or wanted.takes(row.paper.primary):
-                    yield row
-                else:
-                    tally.left_out[OTHER_CATEGORY] += 1
+                # Passed on all the same: the paper may have been in a wanted category before.
+                yield row if row.deleted or wanted.takes(row.paper.primary) else row._replace(unwanted=True)
 
     # --- one pass over a list of records ---
 

@@ -21,15 +21,23 @@ _RUN_GROUP = 500  # rows of a run's batches: what a range reads too much at each
 _RANGE = 6_000  # rows sorted together at the end, about
 _ORDER = [("id", "ascending"), ("updated", "descending"), ("number", "descending")]
 _RUN_SCHEMA = pa.schema(
-    [*SCHEMA, pa.field("updated", pa.string()), pa.field("deleted", pa.bool_()), pa.field("number", pa.int64())]
+    [
+        *SCHEMA,
+        pa.field("updated", pa.string()),
+        pa.field("deleted", pa.bool_()),
+        pa.field("unwanted", pa.bool_()),
+        pa.field("number", pa.int64()),
+    ]
 )
 
 
-def write_sorted(rows: Iterable[Row], path: Path, scratch: Path, *, seen: Callable[[pa.Table, int, int], None]) -> None:
+def write_sorted(
+    rows: Iterable[Row], path: Path, scratch: Path, *, seen: Callable[[pa.Table, int, int, int], None]
+) -> None:
     """Write `rows` to the Parquet file `path` (schema SCHEMA), sorted by unique id.
 
     `scratch` is a folder for the runs. `seen` is called for every part of the output with the part, the number
-    of older records it replaced and the number of papers its source has deleted.
+    of older records it replaced, of papers its source has deleted, and of papers in another category by now.
 
     When `rows` raises, what came before is written and then the exception goes on.
     """
@@ -42,10 +50,12 @@ def write_sorted(rows: Iterable[Row], path: Path, scratch: Path, *, seen: Callab
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
             for table in runs.ranges():
                 first = _first_of_each_id(table)
-                kept = first.filter(pc.invert(first["deleted"])).select(SCHEMA.names).cast(SCHEMA)
+                there = first.filter(pc.invert(first["deleted"]))
+                kept = there.filter(pc.invert(there["unwanted"])).select(SCHEMA.names).cast(SCHEMA)
                 if kept.num_rows:
                     writer.write_table(kept)
-                seen(kept, table.num_rows - first.num_rows, first.num_rows - kept.num_rows)
+                gone = first.num_rows - there.num_rows
+                seen(kept, table.num_rows - first.num_rows, gone, there.num_rows - kept.num_rows)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
@@ -54,7 +64,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
     number = 0
     try:
         for row in rows:
-            waiting.append((*row.paper, row.updated, row.deleted, number))
+            waiting.append((*row.paper, row.updated, row.deleted, row.unwanted, number))
             number += 1
             if len(waiting) == _ROWS:
                 yield _batch(waiting)

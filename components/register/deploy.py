@@ -76,8 +76,8 @@ class ServingSpec(BaseModel):
     scratch: str = "40Gi"
     precision: Literal["bf16", "fp32", "nf4"] = "bf16"
     max_rank: Literal[8, 16, 32, 64, 128] = 16
-    max_adapters: int = Field(24, ge=1, le=128)
-    max_cpu_adapters: int = Field(32, ge=1)
+    max_adapters: int = Field(40, ge=1, le=128)
+    max_cpu_adapters: int = Field(48, ge=1)
     s3_endpoint: str
     s3_region: str = "us-east-1"
     s3_secret: str = Field("feyntune-s3", pattern=_LABEL)

@@ -97,21 +97,27 @@ class Catalog:
         versions = {v.digest: v for v in [*wanted.values(), *([chosen] if chosen else [])]}
         self._again = time.monotonic() + RETRY_SECONDS
         refused: dict[str, str] = {}
-        transient = False
-        self._unload_all_but(versions.keys() | {v.digest for v in self.names.values()})
+        transient = crowded = False
+        freed = self._unload_all_but(versions.keys() | {v.digest for v in self.names.values()})
         for version in versions.values():
             if version.digest in self._loaded:
                 continue
             try:
                 await self._load(version)
+                # What it replaces makes room for the next at once: not all old and all new fit beside each other.
+                names = self.names | {n: v for n, v in wanted.items() if v.digest in self._loaded}
+                self._show(names, self.refused)
+                self.names = names
+                freed += self._unload_all_but(versions.keys() | {v.digest for v in self.names.values()})
             except (Refused, UserError, OSError) as e:  # OSError: the disk is full, for one
                 refused[version.name] = str(e)
-                transient |= isinstance(e, StoreError | NoSlot | OSError)
+                transient |= isinstance(e, StoreError | OSError)
+                crowded |= isinstance(e, NoSlot)
                 if self.refused.get(version.name) != str(e):
                     log.error("adapter %s is refused: %s", version.name, e)
                 metrics.LOADS.labels(slug(version.variant), "refused").inc()
 
-        names = {}
+        names = {}  # without what is no longer offered
         for name, version in wanted.items():
             if version.digest in self._loaded:
                 names[name] = version
@@ -121,8 +127,8 @@ class Catalog:
         self.names, self.aliases, self.refused = names, offer.aliases, refused
         self.canary.choose(chosen if chosen and chosen.digest in self._loaded else None)
         kept = {v.digest for v in names.values()} | ({chosen.digest} if chosen else set())
-        self._unload_all_but(kept)
-        self._marker = None if transient else offer.marker
+        freed += self._unload_all_but(kept)
+        self._marker = None if transient or (crowded and freed) else offer.marker
 
     async def _load(self, version: Offered) -> None:
         started = time.monotonic()
@@ -145,10 +151,13 @@ class Catalog:
         metrics.LOAD_SECONDS.observe(time.monotonic() - started)
         log.info("adapter %s is loaded (%.2f s)", version.name, time.monotonic() - started)
 
-    def _unload_all_but(self, digests: set[str]) -> None:
-        for digest in self._loaded.keys() - digests:
+    def _unload_all_but(self, digests: set[str]) -> int:
+        """Returns how many were unloaded; a slot is free once the requests it still answers have ended."""
+        gone = self._loaded.keys() - digests
+        for digest in gone:
             self.engine.unload_adapter(digest)
             log.info("adapter %s is unloaded", self._loaded.pop(digest).name)
+        return len(gone)
 
     def _show(self, names: dict[str, Offered], refused: dict[str, str]) -> None:
         for name, old in self.names.items():

@@ -193,7 +193,7 @@ class Choice:
         engine, _, tokenizer = request.server.up()
         assert request.target is not None
         self._request, self._engine, self._sampling = request, engine, sampling
-        self._detokenizer, self._stopper = Detokenizer(tokenizer), Stopper(stop)
+        self._detokenizer, self._stopper = Detokenizer(tokenizer, ids), Stopper(stop)
         self._version = request.target.version
         self._generation = engine.submit(self._version.digest if self._version else None, ids, sampling)
         self._submitted = time.monotonic()
@@ -239,6 +239,7 @@ class Choice:
                 elif text:
                     yield Piece(text)
         finally:
+            self.close()  # one that met its stop string is not over for the engine
             self._count(first, last)
         rest = "" if self._stopper.stopped else self._stopper.add(self._detokenizer.end()) + self._stopper.end()
         if self._stopper.stopped:

@@ -44,7 +44,7 @@ from components.serve.workbench import add_workbench  # noqa: E402
 class Parameters(BaseModel):
     """What V1 and V2 requests may set. Greedy unless asked otherwise."""
 
-    model_config = ConfigDict(extra="ignore")  # KServe's own (binary_data_output …) come by the same way
+    model_config = ConfigDict(extra="forbid")
 
     max_tokens: int = Field(16, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
@@ -112,7 +112,7 @@ class NamedModel(kserve.Model):
                 seed = None if asked.seed is None else (asked.seed + i) % 2**63
                 sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p, seed)
                 choices.append(request.complete(ids, sampling, asked.stop))
-            return [await choice.text() for choice in choices]
+            return list(await asyncio.gather(*(choice.text() for choice in choices)))
         raise AssertionError("unreachable")
 
 
@@ -135,9 +135,15 @@ def _v2_texts(payload: kserve.InferRequest) -> list[str]:
         raise InvalidInput(f"the input tensor cannot be read: {e}") from e
 
 
+# Parameters of the protocol itself, which come by the same way.
+_KSERVES = {"binary_data_output", "binary_data_size", "content_type", "headers", "classification", "priority"}
+
+
 def _v2_parameters(payload: kserve.InferRequest) -> Parameters:
     given = {}
     for name, value in (payload.parameters or {}).items():
+        if name in _KSERVES:
+            continue
         which = getattr(value, "WhichOneof", None)
         given[name] = getattr(value, which("parameter_choice")) if which else value
     return Parameters.read(given)

@@ -247,8 +247,11 @@ async def _chat(server: Server, asked: ChatRequest) -> Response:
     async def begin(request: Request) -> list[_Choice]:
         return [_Choice(None, request.complete(ids, asked.sampling(k, max_tokens), stop)) for k in range(n)]
 
+    began: set[int] = set()
+
     def delta(index: int, piece: Piece) -> dict[str, Any]:
-        said = {"role": "assistant", "content": piece.text}
+        said = {"content": piece.text} if index in began else {"role": "assistant", "content": piece.text}
+        began.add(index)  # clients put the deltas together, the role's too
         return {"index": index, "delta": said, "logprobs": None, "finish_reason": piece.finish}
 
     def message(index: int, piece: Piece) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def serve(
     port: int = 8080,
     grpc_port: int = 8081,
     precision: "Precision" = "fp32",
-    max_adapters: int = 24,
+    max_adapters: int = 40,
     max_rank: int = 16,
     batch_tokens: int = 512,
     batch_requests: int = 64,

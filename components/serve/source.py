@@ -71,7 +71,7 @@ class RegistrySource:
         self._versions = dict(state.versions)
         names = {slug(v.variant): _offered(state.resolve(v.variant)) for v in state.served}
         aliases = {slug(a): _offered(state.versions[name]) for a, name in state.aliases.items()}
-        staging = [v for v in state.served if v.stage == "staging"]
+        staging = [v for v in state.served if v.stage == "staging" and not v.promoted]  # else it was rolled back
         return Offer(
             marker=state.marker,
             names=names | aliases,

@@ -9,13 +9,20 @@ from transformers import PreTrainedTokenizerBase
 class Detokenizer:
     """The text of a growing list of tokens, without special tokens.
 
-    What `add` and `end` return, put together, is exactly what decoding all tokens at once gives.
+    What `add` and `end` return, put together, is exactly what decoding all tokens at once gives. After a prompt it
+    is what comes to the prompt's text: decoders of SentencePiece drop a space at the start of what they decode, so
+    the prompt's last token is decoded with it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
+        before = self._tokenizer.decode(list(prompt[-1:]), skip_special_tokens=True)
+        if before and not before.endswith("\ufffd"):  # neither a special token nor a part of a character
+            self._ids.append(prompt[-1])
+            self._stream.step(self._tokenizer, prompt[-1])
+        self._skip = len(before) if self._ids else 0
         self.length = 0  # characters returned so far
 
     def add(self, token: int) -> str:
@@ -27,7 +34,7 @@ class Detokenizer:
 
     def end(self) -> str:
         """What is left: bytes that never became a character, as U+FFFD."""
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self.length :]
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._skip + self.length :]
 
 
 class Stopper:

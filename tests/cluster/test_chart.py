@@ -254,6 +254,13 @@ def test_no_pod_of_a_profile_gets_a_sidecar_that_the_policies_would_cut_off(rend
             assert made.get("annotations", {}).get("sidecar.istio.io/inject") == "false", o["metadata"]["name"]
 
 
+@pytest.mark.parametrize("flavour", ["gpu", "cpu"])
+def test_steps_that_ask_for_gpus_are_told_to_expect_them(flavour):
+    objects = render({"kubeflow": {"flavour": flavour}})
+    settings = yaml.safe_load(named(objects, "ConfigMap", "feyntune-pipelines")["data"]["settings.yaml"])
+    assert ("FEYNTUNE_EXPECT_GPU" in settings["env"]) == (flavour == "gpu")
+
+
 def test_a_bucket_is_made_anew_on_another_store():
     def job(endpoint):
         store = {"kind": "external", "endpoint": endpoint, "credentials": {"existing": True}}

@@ -8,9 +8,11 @@ import pytest
 from components.common.engine import NoSlot
 from components.common.sealed import Manifest
 from components.common.store import StoreError
+from components.register.registry import Registry
 from components.serve.canary import Canary
 from components.serve.catalog import Catalog
-from components.serve.source import Offer, Offered
+from components.serve.source import Offer, Offered, RegistrySource
+from tests.register.test_registry import entry
 
 BASE = "b" * 64
 
@@ -145,10 +147,41 @@ def test_more_versions_than_slots_are_refused_and_served_when_there_is_room(sour
     assert catalog.refused == {}
 
 
+def test_a_second_family_is_served_where_both_do_not_fit_beside_each_other(source):
+    catalog = Catalog(source, Engine(slots=3), BASE)
+    source.names = {"a": version("a/lora-all", 1), "b": version("b/lora-all", 2)}
+    refreshed(catalog)
+    source.names = {"a": version("a/lora-all", 3), "b": version("b/lora-all", 4)}
+    refreshed(catalog)
+    assert catalog.refused == {}
+    assert catalog.names == source.names
+
+
+def test_a_version_without_a_place_is_not_fetched_at_every_look(source):
+    catalog = Catalog(source, Engine(slots=1), BASE)
+    source.names = {"a": ONE, "b": OTHER}
+    refreshed(catalog, times=5)
+    assert source.fetched.count(OTHER.name) == 1
+
+
 def canary_catalog(source, share=0.25):
     catalog = Catalog(source, Engine(), BASE, Canary(share))
     source.names, source.staging = {"champion": ONE, "hep-th.lora-all": ONE}, TWO
     return refreshed(catalog)
+
+
+def test_a_version_rolled_back_is_no_canary(tmp_path):
+    registry = Registry.open(str(tmp_path / "registry"))
+    good, bad, new = registry.add(entry(tmp_path / "made", seed=n) for n in range(3))
+    registry.promote(good.name)
+    registry.promote(bad.name)
+    registry.archive(new.name)
+    source = RegistrySource(registry.store.uri)
+    assert source.offer().staging is None
+    registry.rollback()
+    assert source.offer().staging is None
+    registry.restore(new.name)
+    assert source.offer().staging.name == new.name
 
 
 def test_the_canary_gets_its_share_of_the_champions_requests_only(source):

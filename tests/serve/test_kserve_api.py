@@ -104,6 +104,7 @@ def test_seeded_sampling_and_stop_strings(endpoint):
         '{"instances": ["x"], "parameters": {"max_tokens": 1000}}',
         '{"instances": ["x"], "parameters": {"stop": [""]}}',
         '{"instances": ["x"], "parameters": {"temperature": "warm"}}',
+        '{"instances": ["x"], "parameters": {"max_new_tokens": 20}}',
     ],
 )
 def test_a_wrong_v1_body_is_a_400_with_one_sentence(endpoint, body):

@@ -1,6 +1,7 @@
 """The endpoint through the stock OpenAI client, and what it says to what it cannot do."""
 
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 
 from components.common.models import prompt
 from components.common.names import slug
-from tests.serve.conftest import gauge, settles
+from tests.serve.conftest import gauge, serving, settles
 
 TEXTS = ["The soup needs", "A loaf has a good smell. Our oven", "größe 😀 the"]
 
@@ -223,6 +224,25 @@ def test_a_body_that_is_no_json_or_too_large_is_refused(endpoint):
     large = httpx.post(url, json={"model": "base", "prompt": "x" * 100_000})
     assert large.status_code == 413
     assert large.json()["error"]["code"] == "body_too_large"
+
+
+def test_chat_with_a_template_streams_one_message(tiny_base, tmp_path):
+    base = tmp_path / "chatty"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("manifest.json"))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked = {"model": "base", "messages": [{"role": "user", "content": "The soup"}], "temperature": 0}
+    with serving(tmp_path / "registry", base) as running:
+        chatting = openai.OpenAI(base_url=f"{running.url}/openai/v1", api_key="none", max_retries=0, timeout=60)
+        whole = chatting.chat.completions.create(**asked).choices[0]
+        with chatting.chat.completions.stream(**asked) as stream:
+            for _ in stream:
+                pass
+            streamed = stream.current_completion_snapshot.choices[0]
+    assert streamed.message.role == whole.message.role == "assistant"
+    assert streamed.message.content == whole.message.content
+    assert streamed.message.content
 
 
 def test_chat_is_refused_without_a_template(client):

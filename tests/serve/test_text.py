@@ -69,3 +69,19 @@ def test_only_what_could_become_a_stop_string_is_held_back():
     assert stopper.holding
     assert stopper.add("TRY") == "ENTRY"
     assert not stopper.holding
+
+
+@given(st.lists(st.integers(0, 5), max_size=5), st.lists(st.integers(0, 5), max_size=8))
+def test_a_text_goes_on_where_the_prompt_ended_with_decoders_that_drop_a_first_space(prompt, ids):
+    vocabulary = {"<s>": 0, "▁We": 1, "▁study": 2, "▁the": 3, "s": 4, "▁": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<s>"])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    llama2 = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    detokenizer = Detokenizer(llama2, prompt)
+    made = "".join([*(detokenizer.add(i) for i in ids), detokenizer.end()])
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    if prompt and prompt[-1] in (1, 2, 3, 4):
+        assert before + made == tokenizer.decode(prompt + ids, skip_special_tokens=True)
+    assert detokenizer.length <= len(made)

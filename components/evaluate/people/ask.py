@@ -14,7 +14,7 @@ from components.common.names import BASE
 from components.common.sealed import MANIFEST, Manifest, open_sealed, seal
 from components.common.telemetry import log
 from components.evaluate.people import endpoints
-from components.evaluate.people.endpoints import Answer, Endpoint, Question
+from components.evaluate.people.endpoints import Answer, Endpoint, Question, in_part, set_aside
 from components.evaluate.people.gather import Choice, completions_in, gather
 
 SCHEMA = pa.schema(
@@ -89,9 +89,11 @@ def ask(
     stored = {**config.model_dump(mode="json"), "systems": {s.name: s.public() for s in systems}}
     if (out / MANIFEST).is_file():
         done = open_sealed(out, "answers")
-        if (done.inputs, done.config) == (inputs, stored):
+        if (done.inputs, done.config) != (inputs, stored):
+            raise UserError(f"{out} holds answers of something else: choose another folder.")
+        if not any(in_part(done.facts[s.name]) for s in systems):
             return done
-        raise UserError(f"{out} holds answers of something else: choose another folder.")
+        set_aside(out)
     chosen = sorted(given.first(config.papers))
     questions = [Question(INSTRUCTION, given.papers[i].prompt) for i in chosen]
     with seal(out, "answers", inputs, stored) as folder:

@@ -6,6 +6,7 @@ a killed run goes on with what is missing. Only answers in flight at a kill can 
 
 import fcntl
 import os
+import shutil
 import signal
 from collections import deque
 from collections.abc import Sequence
@@ -381,3 +382,16 @@ class _Signals:
             raise KeyboardInterrupt
         self.came = True
         log.warning("stopping: waiting for the answers in flight")
+
+
+def in_part(facts: dict[str, Any]) -> bool:
+    """Whether answers are missing, by `Answers.facts`: the cap was met, or requests failed."""
+    return bool(facts["stopped"] or facts["failed"])
+
+
+def set_aside(out: Path) -> None:
+    """Make room for the whole of a result that is there in part, which stays as NAME.part. Its answers were kept."""
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    os.replace(out, part)
+    log.info("%s was there in part, now in %s; only what is missing is asked for", out, part)

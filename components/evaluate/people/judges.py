@@ -19,7 +19,7 @@ from components.common.errors import UserError
 from components.common.names import BASE
 from components.common.sealed import MANIFEST, Manifest, open_sealed, seal
 from components.evaluate.people.agreement import over_papers
-from components.evaluate.people.endpoints import Answers, Endpoint, Question, ask
+from components.evaluate.people.endpoints import Answers, Endpoint, Question, ask, in_part, set_aside
 from components.evaluate.people.gather import Choice, Gathered, gather
 from components.evaluate.statistics import holm
 
@@ -106,9 +106,11 @@ def judge(
     stored = {**config.model_dump(mode="json"), "judge": endpoint.public()}
     if (out / MANIFEST).is_file():
         done = open_sealed(out, "judgement")
-        if (done.inputs, done.config) == (given.inputs(), stored):
+        if (done.inputs, done.config) != (given.inputs(), stored):
+            raise UserError(f"{out} holds judgements of something else: choose another folder.")
+        if not in_part(json.loads((out / "summary.json").read_text())["judge"]):
             return done
-        raise UserError(f"{out} holds judgements of something else: choose another folder.")
+        set_aside(out)
     pairs = duels(list(given.texts), config.pairs)
     # Paper by paper, both orders together: a cap that ends the run early leaves whole papers.
     asked = [(i, *order) for i in given.first(config.papers) for x, y in pairs for order in ((x, y), (y, x))]

@@ -151,6 +151,11 @@ def test_a_cap_leaves_whole_papers_and_says_so(server, folders, tmp_path):
     assert summary["unusable"]["reasons"]["not asked: the cap"] == 32 - summary["judge"]["answers"]
     counts = [d["papers"] for d in summary["duels"]]
     assert max(counts) - min(counts) <= 1
+    asked = len(server.requests)
+    judge(folders, endpoint(server, cap=9, max_tokens=100), tmp_path / "out", QUICK)  # the same command, a higher cap
+    assert summary_of(tmp_path / "out")["judge"]["answers"] == 32
+    assert len(server.requests) - asked == 32 - summary["judge"]["answers"]
+    assert summary_of(tmp_path / "out.part") == summary
 
 
 def test_a_judgement_names_what_it_judged_and_is_not_made_twice(server, folders, tmp_path):
