@@ -116,7 +116,7 @@ def test_vllm_gets_every_adapter_with_rank_and_limits(registry):
     (service,) = render(llm(registry), state)
     assert service["apiVersion"] == "serving.kserve.io/v1alpha2"
     lora = service["spec"]["model"]["lora"]
-    assert (lora["maxRank"], lora["maxAdapters"], lora["maxCpuAdapters"]) == (16, 3, 32)
+    assert (lora["maxRank"], lora["maxAdapters"], lora["maxCpuAdapters"]) == (16, 3, 48)
     assert [a["name"] for a in lora["adapters"]] == sorted(slug(v) for v in DELTAS)
     for adapter in lora["adapters"]:
         version = state.resolve(adapter["name"])

@@ -117,6 +117,8 @@ def test_a_store_in_trouble_delays_the_run_and_loses_nothing(job, store, monkeyp
     recipe.train(**job(out="whole"))
     monkeypatch.setattr(recipe, "open_store", lambda uri, tries: Trouble(uri))
     monkeypatch.setattr(Trouble, "away", 3)
+    real_save = saving.Checkpoints.save  # one save at a time, so that three fail and the fourth does not
+    monkeypatch.setattr(saving.Checkpoints, "save", lambda self, s: (real_save(self, s), self.wait(60))[0])
     stop_at(monkeypatch, 4)
     made = job(out="parts", checkpoints=store, save_every_steps=1)
     with pytest.raises(Interrupted):
