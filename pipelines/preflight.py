@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +53,7 @@ def preflight(
     """
     setup()
     from components.evaluate.config import EvaluateConfig
-    from components.ingest.fields import Wanted
+    from components.ingest.fields import Wanted, parse_day
     from components.train.config import parse_config
 
     names = chosen(variants)
@@ -68,8 +67,7 @@ def preflight(
         first = e.errors()[0]
         raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
     for name, day in (days or {}).items():
-        if day and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", day):
-            raise UserError(f"{name} is {day!r}, not a day: write it as 2024-08-22.")
+        parse_day(name, day or None)
     read = Wanted(categories)
     for category in scored:
         if not read.takes(category) and not any(c.startswith(f"{category}.") for c in read.names or ()):

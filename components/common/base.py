@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from components.common.errors import UserError
 from components.common.sealed import MANIFEST, is_sealed, read_manifest, seal, sha256_file, sha256_json
-from components.common.store import open_store, pull, push, stored_manifest
+from components.common.store import Store, open_store, pull, push, stored_manifest
 
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
 
@@ -33,8 +33,7 @@ def pin_base(base: str) -> str:
     """
     location, expected = split_pin(base)
     if location.startswith("s3://"):
-        store, name = open_store(location.rpartition("/")[0]), location.rpartition("/")[2]
-        manifest = stored_manifest(store, name)
+        manifest = stored_manifest(*_stored(location))
         if manifest is None:
             raise UserError(f"Base model {location} is not a sealed folder: put it there with `feyntune push-base`.")
         digest = manifest.digest
@@ -69,16 +68,22 @@ def push_base(folder: str | Path, address: str) -> str:
     """
     folder, address = Path(folder), address.rstrip("/")
     folder_digest(folder)  # says what is wrong with it
-    place, _, name = address.rpartition("/")
-    if not address.startswith("s3://") or place in ("s3:/", "s3://"):
+    if not re.fullmatch(r"s3://[^/]+/.+", address):
         raise UserError(f"{address} names no folder in a bucket: write s3://BUCKET/FOLDER.")
-    if is_sealed(folder):
-        return f"{address}@{push(open_store(place), folder, name).digest}"
+    store, name = _stored(address)
     with tempfile.TemporaryDirectory() as scratch:
-        with seal(Path(scratch) / "base", "base") as sealed:
-            for file in _model_files(folder):
-                (sealed.path / file.name).symlink_to(file.resolve())
-        return f"{address}@{push(open_store(place), Path(scratch) / 'base', name).digest}"
+        if not is_sealed(folder):
+            with seal(Path(scratch) / "base", "base") as sealed:
+                for file in _model_files(folder):
+                    (sealed.path / file.name).symlink_to(file.resolve())
+            folder = Path(scratch) / "base"
+        return f"{address}@{push(store, folder, name).digest}"
+
+
+def _stored(location: str) -> tuple[Store, str]:
+    """The store of an `s3://` base, and the base's name in it."""
+    place, _, name = location.rpartition("/")
+    return open_store(place), name
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -101,7 +106,7 @@ def fetch_base(base: str) -> str:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # the processes of a training all come here at once
             if not (folder / MANIFEST).is_file():
-                pull(open_store(location.rpartition("/")[0]), location.rpartition("/")[2], folder)
+                pull(*_stored(location), folder)
         return str(folder)
     if _looks_like_hub_id(location):
         from huggingface_hub import snapshot_download

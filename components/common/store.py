@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 from urllib.parse import urlsplit
@@ -166,60 +167,57 @@ class S3Store:
             return StoreError(f"{where}: what answers is not an S3 store ({str(e)[:200]}): check S3_ENDPOINT.")
         return StoreError(f"{where}: the store does not answer ({type(e).__name__}): check S3_ENDPOINT.")
 
-    def get(self, name: str) -> bytes:
+    @contextmanager
+    def _asking(self, name: str) -> Iterator[None]:
+        """Whatever goes wrong with the object `name` becomes a StoreError."""
         try:
+            yield
+        except (MinioException, urllib3.exceptions.HTTPError) as e:
+            raise self._error(e, name) from e
+
+    def get(self, name: str) -> bytes:
+        with self._asking(name):
             response = self.client.get_object(self.bucket, self._key(name))
             try:
                 return response.read()
             finally:
                 response.close()
                 response.release_conn()
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            raise self._error(e, name) from e
 
     def put(self, name: str, data: bytes) -> None:
-        try:
+        with self._asking(name):
             self.client.put_object(self.bucket, self._key(name), io.BytesIO(data), len(data))
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            raise self._error(e, name) from e
 
     def get_file(self, name: str, path: Path) -> None:
-        try:
+        with self._asking(name):
             self.client.fget_object(self.bucket, self._key(name), str(path))
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            raise self._error(e, name) from e
 
     def put_file(self, name: str, path: Path) -> None:
-        try:
-            self.client.fput_object(self.bucket, self._key(name), str(path))
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            if isinstance(e, S3Error) and e.code == "NoSuchUpload" and self.exists(name):
-                return  # the upload was ended, the answer got lost, and its end was asked for again
-            raise self._error(e, name) from e
+        with self._asking(name):
+            try:
+                self.client.fput_object(self.bucket, self._key(name), str(path))
+            except S3Error as e:
+                # The upload was ended, the answer got lost, and its end was asked for again: all is well.
+                if e.code != "NoSuchUpload" or not self.exists(name):
+                    raise
 
     def exists(self, name: str) -> bool:
         try:
-            self.client.stat_object(self.bucket, self._key(name))
-            return True
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            error = self._error(e, name)
-            if isinstance(error, Missing):
-                return False
-            raise error from e
+            with self._asking(name):
+                self.client.stat_object(self.bucket, self._key(name))
+        except Missing:
+            return False
+        return True
 
     def names(self, prefix: str = "") -> Iterator[str]:
         start = f"{self.prefix}/" if self.prefix else ""
-        try:
+        with self._asking(prefix):
             for item in self.client.list_objects(self.bucket, prefix=start + prefix, recursive=True):
                 yield str(item.object_name).removeprefix(start)
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            raise self._error(e, prefix) from e
 
     def delete(self, name: str) -> None:
-        try:
+        with self._asking(name):
             self.client.remove_object(self.bucket, self._key(name))
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            raise self._error(e, name) from e
 
 
 def push(store: Store, folder: str | Path, name: str) -> Manifest:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,8 +245,8 @@ class Completer:
         sampled = decoding == "sampled"
         seed = request_seed(config.seed, paper.id) if sampled else None
         sampling = Sampling(most, config.temperature, config.top_p, seed) if sampled else Sampling(most)
-        answer = engine.submit(None if system == BASE else system, ids, sampling) if most else _nothing()
-        written = [t.id async for t in answer]
+        adapter = None if system == BASE else system
+        written = [t.id async for t in engine.submit(adapter, ids, sampling)] if most else []
         ended = bool(written) and written[-1] in loaded.eos
         written = written[:-1] if ended else written
         reason = "eos" if ended else "length"
@@ -266,12 +266,6 @@ class Completer:
             "fair_tokens": len(loaded.tokenizer.encode(fair, add_special_tokens=False)),
             "request_seed": seed,
         }
-
-
-async def _nothing() -> AsyncIterator[Any]:
-    none: tuple[Any, ...] = ()
-    for token in none:
-        yield token
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -40,8 +40,7 @@ class Row(NamedTuple):
 
     paper: Paper
     updated: str  # ISO date of the last change of the metadata: of records with one id the newest stays
-    deleted: bool = False  # the source says that the paper is gone (OAI-PMH); only its id counts
-    unwanted: bool = False  # its primary category is not asked for (any more); only its id counts
+    left_out: str = ""  # why the paper is not kept (tally.DELETED, tally.OTHER_CATEGORY): only its id counts then
 
 
 class Wanted:
@@ -153,6 +152,22 @@ def parse_date(text: Any) -> date:
     except (ValueError, KeyError):
         pass
     raise BadRecord("not a date")
+
+
+def parse_day(name: str, text: str | None) -> date | None:
+    """The day in the setting `name`, `2024-08-22`; None where none is given.
+
+    Raises:
+        UserError: it is no day.
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+        try:
+            return date.fromisoformat(text)
+        except ValueError:
+            pass
+    raise UserError(f"{name} is {text!r}, not a day: write it as 2024-08-22.")
 
 
 def is_withdrawn(comments: Any, abstract: str) -> bool:

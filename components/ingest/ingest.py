@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ from components.common.errors import UserError
 from components.common.records import TEXT_FORM
 from components.common.sealed import Manifest, read_manifest, seal
 from components.common.telemetry import log, progress
-from components.ingest.fields import Row, Wanted
+from components.ingest.fields import Row, Wanted, parse_day
 from components.ingest.sorting import write_sorted
 from components.ingest.tally import AFTER_CUT_OFF, DELETED, OTHER_CATEGORY, REPEATED, Tally
 
@@ -61,7 +60,7 @@ def ingest(
     started = time.monotonic()
     out = Path(out)
     wanted = Wanted(categories)
-    last_day = _day("until", until)
+    last_day = parse_day("until", until)
     if not 0 <= max_bad <= 1:
         raise UserError(f"max_bad is {max_bad}, not a share: give a number between 0 and 1, such as 0.001.")
     kind, colon, where = source.partition(":")
@@ -93,7 +92,7 @@ def ingest(
             prefix=prefix,
             converted_text=converted_text,
             oai_set=oai_set,
-            since=_day("since", since),
+            since=parse_day("since", since),
             delay=delay,
         )
         harvest.run()
@@ -118,17 +117,6 @@ def ingest(
     return read_manifest(out)
 
 
-def _day(name: str, text: str | None) -> date | None:
-    if text is None:
-        return None
-    if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
-        try:
-            return date.fromisoformat(text)
-        except ValueError:
-            pass
-    raise UserError(f"{name} is {text!r}, not a day: write it as 2024-08-22.")
-
-
 def _synthetic(text: str, wanted: Wanted, tally: Tally) -> Iterator[Row]:
     """`N` or `N:SEED` records of the generator, read as the Kaggle file they would be."""
     import orjson
@@ -151,7 +139,7 @@ def _up_to(rows: Iterator[Row], last_day: date | None, tally: Tally) -> Iterator
             if k % 1000 == 0:
                 shown.advance(tally.read - said)
                 said = tally.read
-            if last_day is not None and not row.unwanted and row.paper.date > last_day:
+            if last_day is not None and row.left_out != OTHER_CATEGORY and row.paper.date > last_day:
                 tally.left_out[AFTER_CUT_OFF] += 1
                 continue
             yield row
@@ -161,14 +149,13 @@ class _Counts:
     """The figures of the corpus itself, added up part by part."""
 
     def __init__(self) -> None:
-        self.kept = self.withdrawn = self.replaced = self.deleted = self.unwanted = 0
+        self.kept = self.withdrawn = 0
+        self.left_out: Counter[str] = Counter()
         self.by_primary: Counter[str] = Counter()
         self.dates: list[date] = []
 
-    def add(self, part: pa.Table, replaced: int, deleted: int, unwanted: int) -> None:
-        self.replaced += replaced
-        self.deleted += deleted
-        self.unwanted += unwanted
+    def add(self, part: pa.Table, left_out: Counter[str]) -> None:
+        self.left_out += left_out
         if part.num_rows:
             self.kept += part.num_rows
             self.withdrawn += pc.sum(part["withdrawn"]).as_py()
@@ -181,19 +168,15 @@ class _Counts:
         counts: dict[str, Any] = tally.as_json()
         counts["kept"] = self.kept
         counts["withdrawn"] = self.withdrawn
-        for reason, count in (
-            (REPEATED, self.replaced),
-            (DELETED, self.deleted),
-            (OTHER_CATEGORY, self.unwanted),
-        ):
-            if count:
-                counts["left_out"][reason] = counts["left_out"].get(reason, 0) + count
+        for reason in (REPEATED, DELETED, OTHER_CATEGORY):
+            if self.left_out[reason]:
+                counts["left_out"][reason] = counts["left_out"].get(reason, 0) + self.left_out[reason]
         counts["by_primary"] = dict(sorted(self.by_primary.items()))
         counts["dates"] = [d.isoformat() for d in self.dates]
         path.write_text(json.dumps(counts, indent=1) + "\n")
 
     def why(self, tally: Tally) -> str:
-        reasons = tally.left_out | Counter({OTHER_CATEGORY: self.unwanted}) | tally.refused
+        reasons = tally.left_out | Counter({OTHER_CATEGORY: self.left_out[OTHER_CATEGORY]}) | tally.refused
         return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "the source is empty"
 
 

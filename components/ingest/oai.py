@@ -22,7 +22,7 @@ from components.common.errors import UserError
 from components.common.records import SOURCES, Paper
 from components.common.telemetry import log, progress
 from components.ingest.fields import BadRecord, Row, Wanted, make_paper, parse_id
-from components.ingest.tally import Tally
+from components.ingest.tally import DELETED, OTHER_CATEGORY, Tally
 
 _TRIES = 4  # of a page that does not arrive whole
 _RESTARTS = 3  # with an expired token, without getting further
@@ -121,7 +121,7 @@ class Harvest:
                     tally.bad(f"{page.name}:{record.sourceline} {identifier}".strip(), str(e))
                     continue
                 # Passed on all the same: the paper may have been in a wanted category before.
-                yield row if row.deleted or wanted.takes(row.paper.primary) else row._replace(unwanted=True)
+                yield row if row.left_out or wanted.takes(row.paper.primary) else row._replace(left_out=OTHER_CATEGORY)
 
     # --- one pass over a list of records ---
 
@@ -288,7 +288,7 @@ def _row(record: Any, source: str) -> Row:
         raise BadRecord("no header")
     updated = header.findtext("{*}datestamp", "")
     if header.get("status") == "deleted":
-        return Row(_gone(header.findtext("{*}identifier", ""), source), updated, deleted=True)
+        return Row(_gone(header.findtext("{*}identifier", ""), source), updated, DELETED)
     fields = record.find("{*}metadata/{*}*")
     if fields is None:
         raise BadRecord("no metadata")

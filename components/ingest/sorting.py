@@ -4,6 +4,7 @@ Batches are sorted and spilled to runs; the output is then put together from ran
 batches of all runs that touch it. Of records with one id the newest stays.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from components.common.records import SCHEMA
 from components.ingest.fields import Row
+from components.ingest.tally import REPEATED
 
 _ROWS = 1_000  # turned from Python objects into Arrow at a time
 _RUN_BYTES = 8 << 20
@@ -24,20 +26,19 @@ _RUN_SCHEMA = pa.schema(
     [
         *SCHEMA,
         pa.field("updated", pa.string()),
-        pa.field("deleted", pa.bool_()),
-        pa.field("unwanted", pa.bool_()),
+        pa.field("left_out", pa.string()),
         pa.field("number", pa.int64()),
     ]
 )
 
 
 def write_sorted(
-    rows: Iterable[Row], path: Path, scratch: Path, *, seen: Callable[[pa.Table, int, int, int], None]
+    rows: Iterable[Row], path: Path, scratch: Path, *, seen: Callable[[pa.Table, Counter[str]], None]
 ) -> None:
     """Write `rows` to the Parquet file `path` (schema SCHEMA), sorted by unique id.
 
-    `scratch` is a folder for the runs. `seen` is called for every part of the output with the part, the number
-    of older records it replaced, of papers its source has deleted, and of papers in another category by now.
+    `scratch` is a folder for the runs. `seen` is called for every part of the output with the part and how many
+    records were left out of it, by reason.
 
     When `rows` raises, what came before is written and then the exception goes on.
     """
@@ -50,12 +51,12 @@ def write_sorted(
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
             for table in runs.ranges():
                 first = _first_of_each_id(table)
-                there = first.filter(pc.invert(first["deleted"]))
-                kept = there.filter(pc.invert(there["unwanted"])).select(SCHEMA.names).cast(SCHEMA)
+                kept = first.filter(pc.equal(first["left_out"], "")).select(SCHEMA.names).cast(SCHEMA)
                 if kept.num_rows:
                     writer.write_table(kept)
-                gone = first.num_rows - there.num_rows
-                seen(kept, table.num_rows - first.num_rows, gone, there.num_rows - kept.num_rows)
+                left_out = Counter({REPEATED: table.num_rows - first.num_rows})
+                reasons = pc.value_counts(first["left_out"]).to_pylist()
+                seen(kept, left_out + Counter({r["values"]: r["counts"] for r in reasons if r["values"]}))
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
@@ -64,7 +65,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
     number = 0
     try:
         for row in rows:
-            waiting.append((*row.paper, row.updated, row.deleted, row.unwanted, number))
+            waiting.append((*row.paper, row.updated, row.left_out, number))
             number += 1
             if len(waiting) == _ROWS:
                 yield _batch(waiting)

@@ -403,11 +403,10 @@ class Registry:
         if kind in _VOIDABLE:
             time.sleep(max(SETTLE, 4 * (time.monotonic() - began)))
         after = self.snapshot()
-        if kind in _VOIDABLE:
-            # Until it is built on, an event of the same `seq` that is still on its way could come before it.
-            for _ in range(CONFIRMATIONS):
-                self._put(after, "confirm")
-                after = self.snapshot()
+        # Until it is built on, an event of the same `seq` that is still on its way could come before it.
+        for _ in range(CONFIRMATIONS if kind in _VOIDABLE else 0):
+            self._put(after, "confirm")
+            after = self.snapshot()
         void = next(e.void for e in reversed(after.history) if e.name == name)
         if void is not None:
             raise Stale(f"Nothing was changed: {void}. Look again and repeat it.")

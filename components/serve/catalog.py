@@ -105,7 +105,7 @@ class Catalog:
             try:
                 await self._load(version)
                 # What it replaces makes room for the next at once: not all old and all new fit beside each other.
-                names = self.names | {n: v for n, v in wanted.items() if v.digest in self._loaded}
+                names = self._moved(wanted)
                 self._show(names, self.refused)
                 self.names = names
                 freed += self._unload_all_but(versions.keys() | {v.digest for v in self.names.values()})
@@ -117,18 +117,18 @@ class Catalog:
                     log.error("adapter %s is refused: %s", version.name, e)
                 metrics.LOADS.labels(slug(version.variant), "refused").inc()
 
-        names = {}  # without what is no longer offered
-        for name, version in wanted.items():
-            if version.digest in self._loaded:
-                names[name] = version
-            elif name in self.names:
-                names[name] = self.names[name]  # the old one stays
+        moved = self._moved(wanted)
+        names = {name: moved[name] for name in wanted if name in moved}  # without what is no longer offered
         self._show(names, refused)
         self.names, self.aliases, self.refused = names, offer.aliases, refused
         self.canary.choose(chosen if chosen and chosen.digest in self._loaded else None)
         kept = {v.digest for v in names.values()} | ({chosen.digest} if chosen else set())
         freed += self._unload_all_but(kept)
         self._marker = None if transient or (crowded and freed) else offer.marker
+
+    def _moved(self, wanted: dict[str, Offered]) -> dict[str, Offered]:
+        """Every name at the version wanted where that is loaded; else the old one stays."""
+        return self.names | {name: version for name, version in wanted.items() if version.digest in self._loaded}
 
     async def _load(self, version: Offered) -> None:
         started = time.monotonic()

@@ -12,7 +12,8 @@ from components.register.registry import Registry
 from components.serve.canary import Canary
 from components.serve.catalog import Catalog
 from components.serve.source import Offer, Offered, RegistrySource
-from tests.register.test_registry import entry
+from tests.register.folders import make_adapter
+from tests.serve.made import register_adapter
 
 BASE = "b" * 64
 
@@ -172,7 +173,8 @@ def canary_catalog(source, share=0.25):
 
 def test_a_version_rolled_back_is_no_canary(tmp_path):
     registry = Registry.open(str(tmp_path / "registry"))
-    good, bad, new = registry.add(entry(tmp_path / "made", seed=n) for n in range(3))
+    made = [make_adapter(tmp_path / str(n), "hep-th/lora-all", seed=n) for n in range(3)]
+    good, bad, new = [register_adapter(registry, "hep-th/lora-all", folder) for folder in made]
     registry.promote(good.name)
     registry.promote(bad.name)
     registry.archive(new.name)

@@ -113,12 +113,17 @@ class Trouble(FolderStore):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def one_save_at_a_time(monkeypatch):
+    """A step waits for the save before it, however slow the machine."""
+    save = saving.Checkpoints.save
+    monkeypatch.setattr(saving.Checkpoints, "save", lambda self, s: (save(self, s), self.wait(60))[0])
+
+
 def test_a_store_in_trouble_delays_the_run_and_loses_nothing(job, store, monkeypatch):
     recipe.train(**job(out="whole"))
     monkeypatch.setattr(recipe, "open_store", lambda uri, tries: Trouble(uri))
     monkeypatch.setattr(Trouble, "away", 3)
-    real_save = saving.Checkpoints.save  # one save at a time, so that three fail and the fourth does not
-    monkeypatch.setattr(saving.Checkpoints, "save", lambda self, s: (real_save(self, s), self.wait(60))[0])
+    one_save_at_a_time(monkeypatch)  # so that three fail and the fourth does not
     stop_at(monkeypatch, 4)
     made = job(out="parts", checkpoints=store, save_every_steps=1)
     with pytest.raises(Interrupted):
@@ -141,8 +146,7 @@ def test_checkpoints_are_kept_by_policy_and_never_overwritten(job, store, monkey
         return real(store, folder, name)
 
     monkeypatch.setattr(saving, "push", push)
-    real_save = saving.Checkpoints.save
-    monkeypatch.setattr(saving.Checkpoints, "save", lambda self, s: (real_save(self, s), self.wait(60))[0])
+    one_save_at_a_time(monkeypatch)
     recipe.train(**job(checkpoints=store, save_every_steps=1, keep_checkpoints=3))
     assert len(names) == len(set(names)) == 6
     assert [n[:13] for n in saved(store)] == ["step-00000004", "step-00000005", "step-00000006"]
