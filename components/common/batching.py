@@ -19,7 +19,8 @@ import itertools
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -244,11 +245,15 @@ class BatchingEngine:
 
         return await asyncio.shield(asyncio.ensure_future(turn()))
 
-    def _paused(self) -> Any:
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
         """While the loop stands between two steps; only `_in_turn`."""
-        if not self._manager.is_running():
-            raise Dead("The engine has stopped; the server must be restarted.")
-        return self._manager.pause()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._manager.pause())
+            except RuntimeError as e:  # it is not running, or ended before it could stand
+                raise Dead("The engine has stopped; the server must be restarted.") from e
+            yield
 
     async def load_adapter(self, key: str, folder: Path) -> None:
         async with self._writing:

@@ -203,6 +203,10 @@ def test_a_dead_thread_fails_its_requests_and_is_seen(tiny_base, monkeypatch):
                 engine.submit(None, [5, 6], greedy())
             with pytest.raises(Dead):
                 await engine.score(None, [5, 6], 1)
+            monkeypatch.setattr(engine._manager, "is_running", lambda: True)  # as in the moment between two looks
+            with pytest.raises(Dead):
+                await engine.score(None, [5, 6], 1)
+            monkeypatch.undo()
 
     run(dying())
 
