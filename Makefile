@@ -41,7 +41,7 @@ format: env
 	$(BIN)/ruff format .
 
 compile: env
-	$(BIN)/feyntune compile
+	$(BIN)/python -m pipelines.compile
 
 reference: env
 	$(BIN)/python docs/reference.py
@@ -65,11 +65,11 @@ env: .venv/.ready
 	@$(BIN)/uv pip install -q --no-deps -e .
 	@touch $@
 
-# The endpoint's page, components/serve/page, by the node and npm that the environment holds.
-WORKBENCH := components/serve/workbench
-workbench: env components/serve/page/index.html
+# The endpoint's page, feyntune/serving/page, by the node and npm that the environment holds.
+WORKBENCH := feyntune/serving/workbench
+workbench: env feyntune/serving/page/index.html
 
-components/serve/page/index.html: $(wildcard $(WORKBENCH)/*.json $(WORKBENCH)/*.ts $(WORKBENCH)/*.html $(WORKBENCH)/src/*)
+feyntune/serving/page/index.html: $(wildcard $(WORKBENCH)/*.json $(WORKBENCH)/*.ts $(WORKBENCH)/*.html $(WORKBENCH)/src/*)
 	@echo "building the workbench page"
 	@cd $(WORKBENCH) && export PATH="$(CURDIR)/$(BIN):$$PATH" && npm ci --silent --ignore-scripts && npm run --silent build -- --logLevel warn
 
@@ -78,4 +78,4 @@ lock:
 	requirements/lock.sh $(CURDIR)/$(BIN)/uv
 
 clean:
-	rm -rf .venv runs components/serve/page $(WORKBENCH)/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs feyntune/serving/page $(WORKBENCH)/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

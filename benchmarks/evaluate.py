@@ -76,10 +76,10 @@ def make(folder: Path, abstracts: int, adapters: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from components.common.base import folder_digest
-    from components.common.records import SCHEMA
-    from components.common.sealed import seal
-    from components.ingest.synthetic import synthetic_records
+    from feyntune.artifacts.artifact import write_artifact
+    from feyntune.artifacts.records import SCHEMA
+    from feyntune.ingestion.synthetic import synthetic_records
+    from feyntune.model.base import folder_digest
 
     torch.manual_seed(0)
     texts = [" ".join(r["abstract"].split()) for r in synthetic_records(abstracts, seed=1, categories=("hep-th",))]
@@ -107,13 +107,13 @@ def make(folder: Path, abstracts: int, adapters: int) -> None:
     row |= {"withdrawn": False, "source": "synthetic", "split": "test"}
     rows = [{**row, "id": f"2401.{i:05d}", "cluster": str(i), "abstract": t} for i, t in enumerate(texts)]
     schema = pa.schema([*SCHEMA, pa.field("split", pa.string()), pa.field("cluster", pa.string())])
-    with seal(folder / "split", "split") as out:
+    with write_artifact(folder / "split", "split") as out:
         pq.write_table(pa.Table.from_pylist(rows, schema), out.path / "papers.parquet")
     for i in range(adapters):
         targets = ["q_proj", "k_proj", "v_proj"] if i % 2 == 0 else "all-linear"
         lora = LoraConfig(r=8, lora_alpha=32, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
         model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), lora)
-        with seal(folder / f"adapter-{i}", "adapter", inputs={"base": folder_digest(folder / "base")}) as out:
+        with write_artifact(folder / f"adapter-{i}", "adapter", inputs={"base": folder_digest(folder / "base")}) as out:
             model.save_pretrained(out.path)
 
 
@@ -121,9 +121,9 @@ def ours(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
     """Mean loss of each abstract by system, through the evaluate step."""
     import pyarrow.parquet as pq
 
-    from components.common.names import slug
-    from components.evaluate.config import EvaluateConfig
-    from components.evaluate.evaluate import evaluate
+    from feyntune.evaluation.config import EvaluateConfig
+    from feyntune.evaluation.evaluate import evaluate
+    from feyntune.names import slug
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
         given = {f"v{i}/lora-all": folder / f"adapter-{i}" for i in range(adapters)}
@@ -178,9 +178,6 @@ def _measure(side: str, folder: Path, adapters: int) -> None:
     """Run one side in this process and print its figures as JSON."""
     import peft  # noqa: F401
     import torch
-
-    import components.common.models
-    import components.evaluate.scoring  # noqa: F401
 
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF)

@@ -75,7 +75,7 @@ def write_snapshot(path: Path, size: int) -> tuple[int, float]:
     """
     import orjson
 
-    from components.ingest.synthetic import synthetic_records
+    from feyntune.ingestion.synthetic import synthetic_records
 
     physics = list(synthetic_records(1_200, seed=1, categories=tuple(ARCHIVES)))
     rest = list(synthetic_records(8_800, seed=2, categories=("cs", "q-bio", "other")))
@@ -98,7 +98,7 @@ def write_snapshot(path: Path, size: int) -> tuple[int, float]:
 
 
 def _ours(file: Path, out: Path) -> str:
-    from components.ingest.ingest import ingest
+    from feyntune.ingestion.ingest import ingest
 
     ingest(f"kaggle:{file}", out, until=UNTIL, categories=ARCHIVES)
     return str(out / "papers.parquet")
@@ -138,8 +138,8 @@ def _measure(side: Callable[[Path, Path], str], file: Path, out: Path) -> None:
     if side is _usual:
         import pandas  # noqa: F401
     else:
-        import components.ingest.ingest
-        import components.ingest.kaggle  # noqa: F401
+        import feyntune.ingestion.ingest
+        import feyntune.ingestion.kaggle  # noqa: F401
 
         pyarrow.array(["x"])  # looks for pandas, and imports it where there is one
     start, cpu = time.perf_counter(), time.process_time()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from components.train.loss import WORDS, frozen_head_loss
+from feyntune.training.loss import WORDS, frozen_head_loss
 
 
 def measure(kind: str, tokens: int, hidden: int, words: int, at_once: int = WORDS) -> tuple[float, int, float, float]:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    from components.train.train import hardware
+    from feyntune.training.train import hardware
 
     sizes = (args.tokens, args.hidden, args.words)
     settings = [int(n) for n in args.at_once.split(",")]

@@ -58,8 +58,8 @@ def main() -> None:
 
 def make_base(folder: Path) -> str:
     """A Llama of 4 layers, 256 wide; hardly trained, since only its speed matters."""
-    from components.ingest.synthetic import synthetic_records
-    from components.train.tinybase import make_tiny_base
+    from feyntune.ingestion.synthetic import synthetic_records
+    from feyntune.training.tiny_base import make_tiny_base
 
     texts = [r["abstract"] for r in synthetic_records(150, seed=3)]
     make_tiny_base(folder, texts, hidden=256, layers=4, context=512, vocab=2048, steps=2)
@@ -68,7 +68,7 @@ def make_base(folder: Path) -> str:
 
 def make_adapters(folder: Path, base: str, count: int) -> dict[str, Path]:
     """Adapters of rank 8, a quarter on q, k and v only, the others on every projection."""
-    from tests.serve.made import seal_adapter
+    from tests.serving.factories import seal_adapter
 
     made = {}
     for i in range(count):
@@ -80,9 +80,9 @@ def make_adapters(folder: Path, base: str, count: int) -> dict[str, Path]:
 async def throughput(folder: Path, base: str, rounds: int) -> dict[str, Any]:
     import torch
 
-    from components.common.batching import BatchingEngine
-    from components.common.engine import Settings
-    from components.common.models import load_base
+    from feyntune.engine.api import Settings
+    from feyntune.engine.batching import BatchingEngine
+    from feyntune.model.load import load_base
 
     torch.set_num_threads(1)
     adapters = make_adapters(folder / "adapters", base, ADAPTERS)
@@ -140,7 +140,7 @@ async def throughput(folder: Path, base: str, rounds: int) -> dict[str, Any]:
 
 
 async def _timed(engine: Any, requests: list[tuple[str | None, list[int]]]) -> tuple[float, list[list[int]]]:
-    from components.common.engine import Sampling
+    from feyntune.engine.api import Sampling
 
     async def one(name: str | None, ids: list[int]) -> list[int]:
         sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
@@ -153,7 +153,7 @@ async def _timed(engine: Any, requests: list[tuple[str | None, list[int]]]) -> t
 
 async def _first(engine: Any, request: tuple[str | None, list[int]]) -> float:
     """Seconds to the first token, while the others run."""
-    from components.common.engine import Sampling
+    from feyntune.engine.api import Sampling
 
     started = time.perf_counter()
     first = 0.0
@@ -166,9 +166,9 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
     import httpx
     import psutil
 
-    from components.register.registry import Registry
-    from tests.serve.conftest import free_port
-    from tests.serve.made import register_adapter
+    from feyntune.registry.registry import Registry
+    from tests.serving.conftest import free_port
+    from tests.serving.factories import register_adapter
 
     registry = Registry.open(str(folder / "registry"))
     adapters = make_adapters(folder / "adapters", base, 6)
@@ -179,7 +179,7 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
     port = free_port()
     options = SETTINGS | {"port": port, "grpc_port": free_port(), "poll_seconds": 1.0}
     code = (
-        "import json, sys; from components.serve.serve import serve; serve(*sys.argv[1:3], **json.loads(sys.argv[3]))"
+        "import json, sys; from feyntune.serving.serve import serve; serve(*sys.argv[1:3], **json.loads(sys.argv[3]))"
     )
     command = [sys.executable, "-c", code, str(folder / "registry"), base, json.dumps(options)]
     log = (folder / "log").open("w")

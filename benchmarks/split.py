@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from components.common.records import SCHEMA, normal_form
-from components.common.sealed import seal
+from feyntune.artifacts.artifact import write_artifact
+from feyntune.artifacts.records import SCHEMA, normal_form
 
 
 def main(papers: int = 5000, as_json: bool = typer.Option(False, "--json"), side: str = "", corpus: str = "") -> None:
@@ -56,7 +56,7 @@ def main(papers: int = 5000, as_json: bool = typer.Option(False, "--json"), side
 
 
 def _write_corpus(folder: Path, papers: int) -> None:
-    from components.ingest.synthetic import synthetic_records
+    from feyntune.ingestion.synthetic import synthetic_records
 
     rows = [
         {
@@ -72,7 +72,7 @@ def _write_corpus(folder: Path, papers: int) -> None:
         }
         for r in synthetic_records(papers)
     ]
-    with seal(folder, "corpus") as tmp:
+    with write_artifact(folder, "corpus") as tmp:
         rows.sort(key=lambda r: r["id"])
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp.path / "papers.parquet")
 
@@ -103,11 +103,11 @@ def _import_what(side: str) -> None:
     import pandas  # noqa: F401
 
     if side == "ours":
-        import components.split.split  # noqa: F401
+        import feyntune.splitting.split  # noqa: F401
 
 
 def _ours(corpus: Path) -> int:
-    from components.split.split import split
+    from feyntune.splitting.split import split
 
     split(corpus, corpus.parent / "split")
     return pq.read_metadata(corpus / "papers.parquet").num_rows

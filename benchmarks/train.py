@@ -34,13 +34,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from components.common.models import load_base
-from components.common.packed import kernel
-from components.train import train as engine
-from components.train.batches import Document
-from components.train.config import TARGETS, TrainConfig
-from components.train.memory import LLAMA_8B, Shape
-from components.train.plan import HARDWARE, flops_per_token
+from feyntune.model.load import load_base
+from feyntune.model.packed import kernel
+from feyntune.training import train as engine
+from feyntune.training.batches import Document
+from feyntune.training.config import TARGETS, TrainConfig
+from feyntune.training.estimate import HARDWARE, flops_per_token
+from feyntune.training.memory import LLAMA_8B, Shape
 
 BATCH = 16
 

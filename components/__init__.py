@@ -1,1 +1,1 @@
-"""The platform's steps, one folder each; `common` holds what they share."""
+"""The Kubeflow components; imported from a checkout only, to compile the pipelines."""

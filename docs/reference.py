@@ -26,7 +26,7 @@ def cli() -> str:
     import typer.main
     from typer.cli import get_docs_for_click
 
-    from pipelines import cli
+    from feyntune.cli import main as cli
 
     command = typer.main.get_command(cli.app)
     with command.make_context("feyntune", [], resilient_parsing=True) as context:
@@ -36,8 +36,8 @@ def cli() -> str:
 
 
 def settings() -> str:
-    from components.evaluate import config as evaluate
-    from components.train.config import TrainConfig
+    from feyntune.evaluation import config as evaluate
+    from feyntune.training.config import TrainConfig
 
     text = "# Training and evaluation settings\n\n"
     text += 'Given as JSON: `feyntune run --recipe \'{"train": {"epochs": 2}, "evaluate": {"precision": "fp32"}}\'`, '
@@ -51,8 +51,8 @@ def settings() -> str:
 
 
 def variants() -> str:
-    mixtures = yaml.safe_load((ROOT / "components/split/mixtures.yaml").read_text())["mixtures"]
-    methods = yaml.safe_load((ROOT / "pipelines/variants.yaml").read_text())["methods"]
+    mixtures = yaml.safe_load((ROOT / "feyntune/splitting/mixtures.yaml").read_text())["mixtures"]
+    methods = yaml.safe_load((ROOT / "feyntune/variants.yaml").read_text())["methods"]
     rows = [[f"`{m['name']}`", m.get("paper", ""), m.get("numbering", ""), m["rule"], m["source"]] for m in mixtures]
     text = "# Variants\n\nA variant is `MIXTURE/METHOD`: ten mixtures, two methods.\n\n"
     text += _rows(["method", "what"], [[f"`{name}`", what] for name, what in methods.items()])
@@ -67,8 +67,8 @@ def values() -> str:
 def metrics() -> str:
     from prometheus_client.metrics import MetricWrapperBase
 
-    from components.serve import metrics as serve
-    from components.train import metrics as train
+    from feyntune.serving import metrics as serve
+    from feyntune.training import metrics as train
 
     rows = []
     for metric in vars(serve).values():
@@ -86,8 +86,8 @@ def metrics() -> str:
 def http() -> str:
     from fastapi import FastAPI
 
-    from components.serve.completions import Limits, Server
-    from components.serve.openai_api import router
+    from feyntune.serving.completions import Limits, Server
+    from feyntune.serving.openai_api import router
 
     app = FastAPI()
     app.include_router(router(Server(Limits(), base_name="base")))

@@ -1,1 +1,1 @@
-"""The pipelines, their compiled form, the local run, and the `feyntune` command."""
+"""The pipeline definitions; imported from a checkout only, to compile them."""

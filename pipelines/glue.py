@@ -21,7 +21,7 @@ def preflight(
     serving: dict,
 ) -> NamedTuple("Pinned", variants=list[str], base=str, fingerprint=str, code=str):  # type: ignore[misc,valid-type]
     """Fail in seconds on what would fail after hours; pin the base, the source and the code."""
-    from pipelines.preflight import preflight
+    from feyntune.kubeflow.preflight import preflight
 
     chosen = [variant] if variant else variants
     days = {"until": until, "after": after}
@@ -44,7 +44,7 @@ def todo(
     """
     if variant != "base" and variant not in variants:
         return ""
-    from pipelines.preflight import todo
+    from feyntune.kubeflow.preflight import todo
 
     return todo(variant, split, base, recipe, code, store)
 
@@ -52,6 +52,6 @@ def todo(
 @dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
 def verdict(comparison: dsl.Input[dsl.Dataset]):
     """Fail the run, with every result and the report already there, when a branch failed."""
-    from pipelines.preflight import verdict
+    from feyntune.kubeflow.preflight import verdict
 
     verdict(comparison.path)

@@ -12,14 +12,15 @@ from typing import Any, List, Literal  # noqa: UP035 (Kubeflow's type annotation
 
 from kfp import dsl, kubernetes
 
-from components.common.names import BASE, slug
+from components.deploy.component import deploy
 from components.evaluate.component import compare, evaluate, evaluate_base
 from components.ingest.component import ingest
-from components.register.component import deploy, register
+from components.register.component import register
 from components.split.component import split
 from components.train.component import train
+from feyntune.names import BASE, slug
+from feyntune.variants import load_variants
 from pipelines.glue import preflight, todo, verdict
-from pipelines.variants import load_variants
 
 VARIANTS = load_variants().names()
 GPUS = 3

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.common.records import SCHEMA, TEXT_FORM
-from components.common.sealed import seal
+from feyntune.artifacts.artifact import write_artifact
+from feyntune.artifacts.records import SCHEMA, TEXT_FORM
 
 _SUBJECTS = {
     "hep-th": [
@@ -93,7 +93,7 @@ def texts(topic: str, count: int, seed: int = 0) -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> str:
     """A folder with a mini Llama (2 layers, hidden 64, at most 512 tokens) trained on kitchen talk."""
-    from components.train.tinybase import make_tiny_base
+    from feyntune.training.tiny_base import make_tiny_base
 
     folder = tmp_path_factory.mktemp("base") / "tiny"
     sizes = {"vocab": 512, "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "context": 256}
@@ -133,7 +133,7 @@ def tiny_split(tmp_path_factory) -> str:
     rows.sort(key=lambda row: row["id"])
     extra = [pa.field("split", pa.string(), nullable=False), pa.field("cluster", pa.string(), nullable=False)]
     schema = pa.schema([*SCHEMA, *extra], metadata=SCHEMA.metadata)
-    with seal(folder, "split", inputs={"corpus": "0" * 64}, config={"text_form": TEXT_FORM}) as tmp:
+    with write_artifact(folder, "split", inputs={"corpus": "0" * 64}, config={"text_form": TEXT_FORM}) as tmp:
         path = Path(tmp.path)
         pq.write_table(pa.Table.from_pylist(rows, schema), path / "papers.parquet")
         pq.write_table(pa.Table.from_pylist(drawn), path / "mixtures.parquet")
@@ -162,8 +162,8 @@ def s3_server():
 @pytest.fixture
 def s3(s3_server, monkeypatch) -> str:
     """Address of a fresh bucket; the environment holds what is needed to open it."""
-    from components.common.settings import S3Settings
-    from components.common.store import S3Store
+    from feyntune.artifacts.store import S3Store
+    from feyntune.settings import S3Settings
 
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
@@ -182,6 +182,6 @@ def store_uri(request, tmp_path) -> str:
 
 @pytest.fixture
 def store(store_uri):
-    from components.common.store import open_store
+    from feyntune.artifacts.store import open_store
 
     return open_store(store_uri)

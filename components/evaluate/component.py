@@ -17,7 +17,7 @@ def evaluate(
     scores: dsl.Output[dsl.Dataset],
 ):
     """Score one variant's adapter on the test abstracts."""
-    from components.evaluate.step import evaluate_branch
+    from feyntune.evaluation.step import evaluate_branch
 
     evaluate_branch(data.path, variant, adapter.path, base, recipe, store, branch, scores.path)
 
@@ -32,7 +32,7 @@ def evaluate_base(
     scores: dsl.Output[dsl.Dataset],
 ):
     """Score the base model on the test abstracts."""
-    from components.evaluate.step import evaluate_branch
+    from feyntune.evaluation.step import evaluate_branch
 
     evaluate_branch(data.path, "base", None, base, recipe, store, branch, scores.path)
 
@@ -54,7 +54,7 @@ def compare(
     """Compare all branches with the base, paired over abstracts, and write the report."""
     import shutil
 
-    from components.evaluate.step import compare_branches
+    from feyntune.evaluation.step import compare_branches
 
     found = compare_branches(corpus.path, data.path, variants, base, recipe, code, store, comparison.path)
     shutil.copyfile(f"{comparison.path}/report.html", report.path)

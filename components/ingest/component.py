@@ -17,8 +17,8 @@ def ingest(
     """Read papers from a source into a canonical corpus. `fingerprint` makes a changed source or code a new task."""
     import hashlib
 
-    from components.common.store import FolderStore, open_store
-    from components.ingest.ingest import ingest
+    from feyntune.artifacts.store import FolderStore, open_store
+    from feyntune.ingestion.ingest import ingest
 
     kept, harvest = open_store(store), None
     if isinstance(kept, FolderStore):  # on this machine's disk: it outlives the step and goes on where it was

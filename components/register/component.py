@@ -1,4 +1,4 @@
-"""The Kubeflow components of the register step: the registry and its gate, and what is served of it."""
+"""The Kubeflow component of the register step: the registry and its gate."""
 
 from kfp import dsl
 
@@ -11,14 +11,6 @@ def register(
     registration: dsl.Output[dsl.Dataset],
 ) -> str:
     """Put the adapters that were measured into the registry, promote the best one past the gate. Returns it."""
-    from components.register.step import register_branches
+    from feyntune.registry.step import register_branches
 
     return register_branches(comparison.path, store, registry, registration.path)
-
-
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
-def deploy(champion: str, base: str, registry: str, serving: dict) -> str:
-    """Bring the registry to the KServe endpoint that `serving` describes, if it does. Returns its address."""
-    from components.register.step import deploy_registry
-
-    return deploy_registry(champion, base, registry, serving)

@@ -9,6 +9,6 @@ def split(corpus: dsl.Input[dsl.Dataset], after: str, fingerprint: str, data: ds
 
     `fingerprint` makes changed code a new task.
     """
-    from components.split.split import split
+    from feyntune.splitting.split import split
 
     return split(corpus.path, data.path, after=after or None).digest

@@ -16,7 +16,7 @@ def train(
     metrics: dsl.Output[dsl.Metrics],
 ):
     """Train one variant's adapter on all devices of this pod; exit code 75 asks for a retry, which resumes."""
-    from components.train.step import train_branch
+    from feyntune.training.step import train_branch
 
     for name, value in train_branch(data.path, variant, base, recipe, devices, store, branch, adapter.path).items():
         metrics.log_metric(name, value)

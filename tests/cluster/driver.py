@@ -15,7 +15,7 @@ import yaml
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
-from components.common.store import Store
+from feyntune.artifacts.store import Store
 
 LAUNCHER = Path(__file__).parent / "launcher.py"
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from components.common.store import open_store
+from feyntune.artifacts.store import open_store
 
 
 def main() -> int:

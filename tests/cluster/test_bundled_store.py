@@ -16,11 +16,11 @@ import pytest
 import yaml
 from kubernetes import client
 
-from components.common.sealed import seal
-from components.common.store import Store, open_store, pull, push
-from tests.cluster import live
+from feyntune.artifacts.artifact import write_artifact
+from feyntune.artifacts.store import Store, open_store, pull, push
+from tests.cluster import cluster_helpers
 from tests.cluster.charts import CHART
-from tests.cluster.live import forwarded, kubectl
+from tests.cluster.cluster_helpers import forwarded, kubectl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 NAMESPACE = "feyntune-store-test"
@@ -38,7 +38,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with live.namespace(NAMESPACE):
+    with cluster_helpers.namespace(NAMESPACE):
         yield
 
 
@@ -53,13 +53,13 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed folder to be found again, byte by byte."""
     folder = tmp_path_factory.mktemp("sealed") / "out"
-    with seal(folder, kind="check") as made:
+    with write_artifact(folder, kind="check") as made:
         (made.path / "bytes").write_bytes(secrets.token_bytes(7 << 20))
     return folder
 
 
 def test_the_store_starts_on_an_empty_volume_and_makes_its_bucket(cluster, values):
-    live.helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
+    cluster_helpers.helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
     _open_the_volume()
     _ready()
     job = kubectl("-n", NAMESPACE, "get", "job", "-o", "name").strip()
@@ -67,11 +67,11 @@ def test_the_store_starts_on_an_empty_volume_and_makes_its_bucket(cluster, value
 
 
 def test_helm_test_passes_on_it(cluster):
-    assert "Phase:          Succeeded" in live.helm(NAMESPACE, "test", "feyntune", "--timeout", "4m")
+    assert "Phase:          Succeeded" in cluster_helpers.helm(NAMESPACE, "test", "feyntune", "--timeout", "4m")
 
 
 def test_other_keys_than_the_drawn_ones_are_refused(cluster, monkeypatch):
-    from components.common.store import StoreError
+    from feyntune.artifacts.store import StoreError
 
     with _store() as store:
         assert list(store.names()) == []
@@ -90,23 +90,25 @@ def test_what_was_written_outlives_a_killed_pod(cluster, sealed, tmp_path):
 def test_it_outlives_an_upgrade_and_a_rollback(cluster, values, tmp_path):
     before = _pod()
     change = "objectStore.resources.limits.memory=3Gi"
-    live.helm(NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", change, "--timeout", "5m")
+    cluster_helpers.helm(
+        NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", change, "--timeout", "5m"
+    )
     _ready()
     assert _pod() != before
     _is_there(tmp_path / "upgraded")
-    live.helm(NAMESPACE, "rollback", "feyntune", "1", "--timeout", "5m")
+    cluster_helpers.helm(NAMESPACE, "rollback", "feyntune", "1", "--timeout", "5m")
     _ready()
     _is_there(tmp_path / "rolled-back")
 
 
 def test_it_outlives_an_uninstall_and_the_next_release_takes_it_over_with_its_keys(cluster, values, tmp_path):
     keys = _secret()
-    live.helm(NAMESPACE, "uninstall", "feyntune")
+    cluster_helpers.helm(NAMESPACE, "uninstall", "feyntune")
     left = kubectl("-n", NAMESPACE, "get", "deployments,statefulsets,services,pvc,secrets", "-o", "name").split()
     assert "persistentvolumeclaim/feyntune-store" in left
     assert "secret/feyntune-s3" in left
     assert not [name for name in left if name.startswith(("deployment", "statefulset", "service/"))]
-    live.helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
+    cluster_helpers.helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
     _ready()
     assert _secret() == keys
     _is_there(tmp_path)
@@ -114,8 +116,10 @@ def test_it_outlives_an_uninstall_and_the_next_release_takes_it_over_with_its_ke
 
 def test_an_uninstall_that_was_told_so_gives_the_volume_up(cluster, values):
     no = "objectStore.persistence.keep=false"
-    live.helm(NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", no, "--timeout", "5m")
-    live.helm(NAMESPACE, "uninstall", "feyntune")
+    cluster_helpers.helm(
+        NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", no, "--timeout", "5m"
+    )
+    cluster_helpers.helm(NAMESPACE, "uninstall", "feyntune")
     kubectl("-n", NAMESPACE, "wait", "--for=delete", "pvc/feyntune-store", "--timeout=2m")
 
 
@@ -167,6 +171,6 @@ def _open_the_volume() -> None:
     kubectl("apply", "-f", "-", stdin=json.dumps(pod))
     until = time.monotonic() + 120
     while client.CoreV1Api().read_namespaced_pod("open", NAMESPACE).status.phase != "Succeeded":
-        assert time.monotonic() < until, live.state(NAMESPACE)
+        assert time.monotonic() < until, cluster_helpers.state(NAMESPACE)
         time.sleep(0.5)
     kubectl("-n", NAMESPACE, "delete", "pod", "open")

@@ -10,8 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipelines.adapt import read_settings
-from pipelines.compile import COMPILED
+from feyntune.kubeflow.adapt import COMPILED, read_settings
 from tests.cluster.charts import APIS, CASES, CHART, ROOT, SECRETS, pods, render, render_with_cli, tool
 
 VERSIONS = ["1.29", "1.30", "1.31", "1.32", "1.33", "1.34"]

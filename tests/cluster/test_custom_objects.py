@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.compile import COMPILED
+from feyntune.kubeflow.adapt import COMPILED
 from tests.cluster.charts import CASES, ROOT, render
 from tests.cluster.driver import pod_of
 

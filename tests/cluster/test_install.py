@@ -23,14 +23,13 @@ import yaml
 from kubernetes import client
 from werkzeug.serving import make_server
 
-from components.common.store import Store, open_store, push
-from components.register.registry import Registry
-from pipelines.adapt import Settings, adapt
-from pipelines.compile import COMPILED
-from tests.cluster import live
+from feyntune.artifacts.store import Store, open_store, push
+from feyntune.kubeflow.adapt import COMPILED, Settings, adapt
+from feyntune.registry.registry import Registry
+from tests.cluster import cluster_helpers
 from tests.cluster.charts import CHART, render
+from tests.cluster.cluster_helpers import forwarded, kubectl
 from tests.cluster.driver import Driver, StepFailed
-from tests.cluster.live import forwarded, kubectl
 from tests.servers.kubeflow import Kubeflow
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -46,12 +45,12 @@ DROPPED: list[str] = []
 
 
 def helm(*arguments: str) -> str:
-    return live.helm(NAMESPACE, *arguments)
+    return cluster_helpers.helm(NAMESPACE, *arguments)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with live.namespace(NAMESPACE):
+    with cluster_helpers.namespace(NAMESPACE):
         yield
 
 
@@ -118,7 +117,7 @@ def store(cluster: None, bucket: str, tiny_base: str) -> Store:
         },
     )
     client.CoreV1Api().create_namespaced_secret(NAMESPACE, secret)
-    from pipelines.cluster import bucket as make_bucket
+    from feyntune.kubeflow.chart_jobs import bucket as make_bucket
 
     make_bucket(bucket)
     opened = open_store(f"s3://{bucket}")

@@ -15,13 +15,13 @@ import httpx
 import pytest
 import yaml
 
-from components.register.registry import Registry
-from components.train.config import TrainConfig
-from components.train.train import train
+from feyntune.registry.registry import Registry
+from feyntune.training.config import TrainConfig
+from feyntune.training.train import train
 from tests.cluster.charts import tool
 from tests.cluster.test_rules import DASHBOARD, FOREIGN, RULES
-from tests.serve.conftest import free_port, serving
-from tests.serve.made import register_adapter, seal_adapter
+from tests.serving.conftest import free_port, serving
+from tests.serving.factories import register_adapter, seal_adapter
 
 PROMETHEUS = tool("prometheus")
 pytestmark = [

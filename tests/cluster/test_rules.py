@@ -83,7 +83,7 @@ def test_every_metric_in_rules_and_dashboard_is_one_that_is_measured():
 
 def serving_series() -> set[str]:
     """The endpoint's metrics, each with one child."""
-    from components.serve import metrics
+    from feyntune.serving import metrics
 
     for name in dir(metrics):
         metric = getattr(metrics, name)
@@ -94,7 +94,7 @@ def serving_series() -> set[str]:
 
 def training_series() -> set[str]:
     """A training's live metrics."""
-    from components.train.metrics import Metrics
+    from feyntune.training.metrics import Metrics
 
     return _series(Metrics("hep-th/lora-qkv", enabled=True).registry, "feyntune_train_")
 

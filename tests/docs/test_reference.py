@@ -38,7 +38,7 @@ def test_every_command_has_an_example_that_it_would_take() -> None:
     """The options of each example exist; what follows `Example:` is typed by people as it stands."""
     import typer.main
 
-    from pipelines.cli import app
+    from feyntune.cli.main import app
 
     def walk(command, path):
         if hasattr(command, "commands"):

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.compile import COMPILED, compile_all
+from feyntune.kubeflow.adapt import COMPILED
+from feyntune.variants import load_variants
+from pipelines.compile import compile_all
 from pipelines.suite import VARIANTS
-from pipelines.variants import load_variants
 
 
 @cache

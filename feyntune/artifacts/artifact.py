@@ -1,0 +1,208 @@
+"""Sealed folders: everything durable is a folder whose `manifest.json` was written last.
+
+A folder without a manifest does not exist; a folder that does not match its manifest is refused with the
+file's name. One mechanism gives atomic writes, corruption detection, lineage and cache keys.
+
+    with write_artifact(out, kind="split", inputs={"corpus": corpus.digest}, config={...}) as tmp:
+        write_files(tmp.path)
+        tmp.stats["seconds"] = 3.1
+    manifest = open_artifact(out, kind="split")
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from feyntune.errors import UserError
+
+MANIFEST = "manifest.json"
+_PACKAGES = (
+    "feyntune",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "tokenizers",
+    "pyarrow",
+)
+
+
+class ArtifactError(UserError):
+    """A folder is not sealed, or does not match its manifest."""
+
+
+class File(BaseModel):
+    sha256: str
+    size: int
+
+
+class Manifest(BaseModel):
+    """What a sealed folder holds and how it came about.
+
+    `digest` covers kind, files, inputs and config: equal digests mean the same bytes made the same way.
+    `stats` (seconds, hardware, rates) and `packages` describe one making and are left out of it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    kind: str
+    digest: str
+    files: dict[str, File]
+    inputs: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    stats: dict[str, Any] = Field({}, validation_alias=AliasChoices("stats", "facts"))  # "facts" before 0.2
+    packages: dict[str, str] = {}
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Digest of a JSON value in one canonical spelling."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _digest(kind: str, files: dict[str, File], inputs: dict[str, str], config: dict[str, Any]) -> str:
+    return sha256_json(
+        {"kind": kind, "files": {n: f.sha256 for n, f in files.items()}, "inputs": inputs, "config": config}
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _package_versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class ArtifactWriter:
+    """A folder being written: put files under `path`, figures of the making into `stats`."""
+
+    path: Path
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def write_artifact(
+    folder: str | Path,
+    kind: str,
+    inputs: dict[str, str] | None = None,
+    config: dict[str, Any] | None = None,
+) -> Iterator[ArtifactWriter]:
+    """Write a folder aside and give it its name only when it is whole; on an error leave nothing behind.
+
+    Raises:
+        ArtifactError: `folder` is already there and not empty. Sealed folders are never overwritten.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder} is not empty: sealed folders are never overwritten, choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        unsealed = ArtifactWriter(tmp)
+        yield unsealed
+        write_manifest(tmp, kind, inputs, config, unsealed.stats)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def write_manifest(
+    folder: Path,
+    kind: str,
+    inputs: dict[str, str] | None = None,
+    config: dict[str, Any] | None = None,
+    stats: dict[str, Any] | None = None,
+) -> Manifest:
+    """Hash what lies in `folder`, flush it to disk, and write its manifest last."""
+    config = json.loads(json.dumps(config or {}))  # what is compared is what is stored: plain JSON
+    files = {}
+    for name in _files(folder):
+        path = folder / name
+        path.chmod(0o644)  # some writers leave 0600, which a pod under another user cannot read
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+        files[name] = File(sha256=sha256_file(path), size=path.stat().st_size)
+    folder.chmod(0o755)
+    manifest = Manifest(
+        kind=kind,
+        digest=_digest(kind, files, inputs or {}, config),
+        files=files,
+        inputs=inputs or {},
+        config=config,
+        stats=stats or {},
+        packages=_package_versions(),
+    )
+    with (folder / MANIFEST).open("w") as f:
+        f.write(manifest.model_dump_json(indent=1))
+        f.flush()
+        os.fsync(f.fileno())
+    return manifest
+
+
+def is_artifact(folder: str | Path) -> bool:
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def parse_manifest(raw: str | bytes, where: str) -> Manifest:
+    """The manifest in `raw`, refused when its own digest does not hold."""
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValueError as e:
+        raise ArtifactError(f"{where} is not a manifest this version reads: {str(e).splitlines()[0]}.") from e
+    expected = _digest(manifest.kind, manifest.files, manifest.inputs, manifest.config)
+    if manifest.digest != expected:
+        raise ArtifactError(f"{where} was changed after it was sealed (its digest does not hold): restore the folder.")
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest alone, without looking at the files."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not a sealed folder (no {MANIFEST}): its step did not finish, run it again.")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def open_artifact(folder: str | Path, kind: str | None = None) -> Manifest:
+    """Check every file of `folder` against its manifest and return the manifest.
+
+    Raises:
+        ArtifactError: no manifest, another `kind`, or a file that is missing, unexpected or changed (named).
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}: give the folder of the right step.")
+    found = set(_files(folder)) - {MANIFEST}
+    for name in sorted(found ^ set(manifest.files)):
+        what = "is missing" if name in manifest.files else "is not in the manifest"
+        raise ArtifactError(f"{folder / name} {what}: the folder was changed after it was sealed, restore it.")
+    for name, file in manifest.files.items():
+        path = folder / name
+        if path.stat().st_size != file.size or sha256_file(path) != file.sha256:
+            raise ArtifactError(f"{path} does not match its manifest (sha256): the file is damaged, restore it.")
+    return manifest

@@ -1,0 +1,177 @@
+"""What is missing on this machine or cluster, one sentence each with its fix."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from feyntune.errors import UserError
+
+
+class Finding(NamedTuple):
+    what: str
+    state: Literal["ok", "missing", "optional"]
+    sentence: str
+
+
+def examine(store: str | None = None, host: str | None = None) -> Iterator[Finding]:
+    """Check this machine; with `store` and `host` given, also the store and the Kubeflow Pipelines host."""
+    yield _python()
+    yield _memory()
+    yield _disk()
+    yield _gpu()
+    for module, extra in (("kfp", "pipeline"), ("torch", "train"), ("bitsandbytes", "train"), ("kserve", "serve")):
+        found = importlib.util.find_spec(module) is not None
+        fix = f"{module} is not installed: run `make env`, or pip install 'feyntune[{extra}]'."
+        yield Finding(module, "ok" if found else "missing", f"{module} is installed." if found else fix)
+    yield _store_keys(store)
+    yield _store(store)
+    yield _kubeflow(host)
+    yield from _cluster()
+    yield _licence()
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
+    return Finding(
+        "Python", "ok" if fits else "missing", f"Python {version}{'' if fits else ': 3.11 or 3.12 is needed'}."
+    )
+
+
+def _memory() -> Finding:
+    try:  # what programs can have, the page cache included
+        gib = int(re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)[1]) / 2**20  # type: ignore[index]
+    except (OSError, TypeError):
+        gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    fits = gib >= 4
+    need = "" if fits else ": the tiny run needs 4"
+    return Finding("memory", "ok" if fits else "missing", f"{gib:.0f} GiB free{need}.")
+
+
+def _disk() -> Finding:
+    gib = shutil.disk_usage(".").free / 2**30
+    return Finding("disk", "ok" if gib >= 5 else "missing", f"{gib:.0f} GiB free{'' if gib >= 5 else ': free 5 GiB'}.")
+
+
+def _gpu() -> Finding:
+    if not shutil.which("nvidia-smi"):
+        return Finding("GPU", "optional", "No NVIDIA driver: training the 8B model needs one; the tiny run does not.")
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if asked.returncode != 0:
+        return Finding("GPU", "missing", "nvidia-smi finds no GPU: load or reinstall the NVIDIA driver.")
+    cards = "; ".join(asked.stdout.strip().splitlines())
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            fix = "torch cannot use it: install torch's CUDA build, made for this driver or an older one"
+            return Finding("GPU", "missing", f"{cards}; but {fix}.")
+    return Finding("GPU", "ok", f"{cards}.")
+
+
+_KEYS = ("S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+def _store_keys(store: str | None) -> Finding:
+    absent = [name for name in _KEYS if not os.environ.get(name)]
+    if not absent:
+        return Finding("store keys", "ok", f"{', '.join(_KEYS)} are set.")
+    needed = store is not None and store.startswith("s3://")
+    return Finding(
+        "store keys", "missing" if needed else "optional", f"{', '.join(absent)} not set: an s3:// store needs them."
+    )
+
+
+def _store(store: str | None) -> Finding:
+    if store is None:
+        return Finding("store", "optional", "Not checked: give --store s3://BUCKET/PREFIX or a folder.")
+    from feyntune.kubeflow.preflight import writable
+
+    try:
+        writable(store)
+    except UserError as e:
+        return Finding("store", "missing", str(e))
+    return Finding("store", "ok", f"{store} can be written and read.")
+
+
+def _kubeflow(host: str | None) -> Finding:
+    if host is None:
+        return Finding("Kubeflow", "optional", "Not checked: give --host URL of your Kubeflow Pipelines.")
+    import requests
+
+    try:
+        requests.get(f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=10).raise_for_status()
+    except requests.RequestException as e:
+        return Finding(
+            "Kubeflow", "missing", f"{host} does not answer ({type(e).__name__}): check the address and token."
+        )
+    return Finding("Kubeflow", "ok", f"{host} answers.")
+
+
+# What a cluster's API groups tell: name, whether the platform needs it, and what to do without.
+_GROUPS = {
+    "serving.kserve.io": (
+        "KServe",
+        True,
+        "apply manifests/prerequisites/kserve, or install with serving.kind=Deployment",
+    ),
+    "argoproj.io": ("Kubeflow Pipelines", True, "apply manifests/prerequisites/pipelines"),
+    "monitoring.coreos.com": ("Prometheus operator", False, "without it there are no monitors and alerts"),
+    "kueue.x-k8s.io": ("Kueue", False, "without it trainings are not queued"),
+}
+
+
+def _cluster() -> Iterator[Finding]:
+    if not os.environ.get("KUBECONFIG") and not (Path.home() / ".kube" / "config").exists():
+        yield Finding("cluster", "optional", "No KUBECONFIG: installing on a cluster needs one.")
+        return
+    from kubernetes import client, config
+
+    try:
+        config.load_kube_config()
+        groups = {g.name for g in client.ApisApi().get_api_versions(_request_timeout=10).groups}
+    except Exception as e:
+        yield Finding("cluster", "missing", f"The cluster does not answer ({type(e).__name__}): check KUBECONFIG.")
+        return
+    yield Finding("cluster", "ok", "The cluster answers.")
+    for group, (name, needed, fix) in _GROUPS.items():
+        if group in groups:
+            yield Finding(name, "ok", f"The cluster has {name} ({group}).")
+        else:
+            yield Finding(name, "missing" if needed else "optional", f"The cluster has no {group}: {fix}.")
+
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+
+
+def _licence() -> Finding:
+    """Whether the hub token opens the gated base model; the token itself is never shown."""
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        return Finding("hub token", "optional", f"HF_TOKEN is not set: gated models such as {LLAMA} need it.")
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return Finding("hub token", "ok", "HF_TOKEN is set; whether it opens the base is not checked offline.")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().auth_check(LLAMA, token=token)
+    except GatedRepoError:
+        fix = f"accept its licence at https://huggingface.co/{LLAMA} with the token's account"
+        return Finding("hub token", "missing", f"HF_TOKEN does not open {LLAMA}: {fix}.")
+    except RepositoryNotFoundError:
+        return Finding("hub token", "missing", "HF_TOKEN is not valid: make a new one in the hub's settings.")
+    except (HfHubHTTPError, OSError) as e:
+        return Finding("hub token", "optional", f"HF_TOKEN is set, but the hub does not answer ({type(e).__name__}).")
+    return Finding("hub token", "ok", f"HF_TOKEN opens {LLAMA}.")

@@ -1,0 +1,185 @@
+"""Many LoRA adapters over one base in the same batch, as two matrix products a layer.
+
+The A matrices of all adapters lie under one another in one matrix, so do the B matrices. A layer multiplies by
+all of A, clears the columns of every adapter but the token's own, and multiplies by all of B. What is left is
+`W x + (alpha / r) B A x` (LoRA, arXiv 2106.09685 §4.1) with each token's own A and B; a token of the base has
+every column cleared.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from feyntune.engine.api import Refused
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> A [r, in], scaled B [r, out]
+
+
+class Slots:
+    """Which adapter each token of the coming step uses; shared by all layers.
+
+    Slot 0 is the base. `other` [tokens, columns] is True where a column is not the token's; None when every
+    token is the base's.
+    """
+
+    def __init__(self, slots: int, rank: int, device: torch.device):
+        self.rank = rank
+        self.other: torch.Tensor | None = None
+        own = torch.eye(slots, dtype=torch.bool, device=device).repeat_interleave(rank, dim=1)
+        self._other = ~torch.cat([torch.zeros_like(own[:1]), own])  # [slots + 1, columns]
+        self._highest = 0
+
+    def use(self, highest: int) -> None:
+        """Slots above `highest` hold nothing: their columns are not computed."""
+        self._highest = highest
+
+    def select(self, slots: Sequence[int]) -> None:
+        """`slots`: one for each token of the step, in order."""
+        if not any(slots):
+            self.other = None
+            return
+        index = torch.tensor(slots, device=self._other.device)
+        self.other = self._other[:, : self._highest * self.rank].index_select(0, index)
+
+
+class MultiLora(nn.Module):
+    """A linear layer of the base with the adapters of every slot beside it."""
+
+    a: torch.Tensor  # [columns, in]
+    b: torch.Tensor  # [columns, out]
+
+    def __init__(self, base: nn.Linear, slots: Slots, count: int, dtype: torch.dtype):
+        super().__init__()
+        self.base, self.slots = base, slots
+        self.filled: set[int] = set()
+        device = base.weight.device
+        shape = (count * slots.rank, base.in_features)
+        self.register_buffer("a", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        shape = (count * slots.rank, base.out_features)
+        self.register_buffer("b", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        other = self.slots.other
+        if other is None or not self.filled:
+            return y
+        columns = other.shape[1]
+        h = F.linear(x.to(self.a.dtype), self.a[:columns])[0]  # [1, tokens, columns] -> [tokens, columns]
+        # Not a product with 0 and 1: a neighbour's overflow (inf x 0 = nan) must not reach this token.
+        h.masked_fill_(other, 0)
+        return torch.addmm(y[0].to(h.dtype), h, self.b[:columns]).to(y.dtype)[None]
+
+    def write(self, slot: int, weights: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Fill `slot` (1 and up), or empty it."""
+        rows = slice((slot - 1) * self.slots.rank, slot * self.slots.rank)
+        self.a[rows] = 0
+        self.b[rows] = 0
+        self.filled.discard(slot)
+        if weights is not None:
+            a, b = weights
+            self.a[rows][: len(a)] = a.to(self.a)
+            self.b[rows][: len(b)] = b.to(self.b)
+            self.filled.add(slot)
+
+
+def install(model: nn.Module, count: int, rank: int, dtype: torch.dtype) -> tuple[Slots, dict[str, MultiLora]]:
+    """Put a MultiLora in place of every projection of the decoder, with `count` empty slots of `rank`."""
+    device = next(model.parameters()).device
+    slots = Slots(count, rank, device)
+    layers = {}
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last in TARGETS and isinstance(module, nn.Linear):
+            layers[name] = MultiLora(module, slots, count, dtype)
+            setattr(model.get_submodule(parent), last, layers[name])
+    return slots, layers
+
+
+def read_adapter(folder: Path, layers: Mapping[str, MultiLora], max_rank: int) -> Weights:
+    """The weights of a PEFT LoRA folder, checked against the layers they go to; no file but safetensors is read.
+
+    Raises:
+        Refused: not plain LoRA, unknown layers, wrong shapes, a rank over `max_rank`, or weights that are not
+            finite.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        scaling = _scaling(config)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise Refused(f"adapter_config.json cannot be read ({e})") from e
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise Refused(f"adapter_model.safetensors cannot be read ({e})") from e
+    if not tensors:
+        raise Refused("adapter_model.safetensors holds no weights")
+
+    weights: Weights = {}
+    for name in sorted(tensors):
+        module, part = _module(name)
+        if module not in layers or part not in ("lora_A", "lora_B"):
+            raise Refused(f"{name} belongs to no projection of the base: only plain LoRA on {', '.join(TARGETS)}")
+        if part == "lora_A":
+            b_name = name.replace(".lora_A.", ".lora_B.")
+            if b_name not in tensors:
+                raise Refused(f"{b_name} is missing")
+            weights[module] = _pair(name, tensors[name], tensors[b_name], scaling, layers[module].base, max_rank)
+        elif name.replace(".lora_B.", ".lora_A.") not in tensors:
+            raise Refused(f"{name.replace('.lora_B.', '.lora_A.')} is missing")
+    return weights
+
+
+def _scaling(config: dict) -> float:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {config.get('peft_type')!r}, not LORA")
+    for option in (
+        "use_dora",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+    ):
+        if config.get(option):
+            raise ValueError(f"{option} is set: only plain LoRA is served")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"bias is {config['bias']!r}: only plain LoRA is served")
+    rank = config.get("r")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"r is {rank!r}")
+    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _module(tensor: str) -> tuple[str, str]:
+    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` -> module of the base, `lora_A`."""
+    path = tensor.removeprefix("base_model.model.").removesuffix(".weight")
+    module, _, part = path.rpartition(".")
+    return module, part
+
+
+def _pair(
+    name: str, a: torch.Tensor, b: torch.Tensor, scaling: float, base: nn.Linear, max_rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise Refused(f"{name} has shape {list(a.shape)}, its B {list(b.shape)}: they are no LoRA pair")
+    if a.shape[1] != base.in_features or b.shape[0] != base.out_features:
+        raise Refused(
+            f"{name} maps {a.shape[1]} to {b.shape[0]} features, the base's layer {base.in_features} to "
+            f"{base.out_features}: it was trained on another base"
+        )
+    if a.shape[0] > max_rank:
+        raise Refused(f"{name} has rank {a.shape[0]}, over the limit of {max_rank}: raise max_rank to serve it")
+    b = b.float().T * scaling
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise Refused(f"{name} or its B holds values that are not finite")
+    return a, b.contiguous()

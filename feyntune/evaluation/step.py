@@ -1,0 +1,91 @@
+"""The evaluate step of a suite: score one branch; and, when all branches have ended, compare them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from feyntune.artifacts.artifact import read_manifest
+from feyntune.artifacts.cache import failure_as_data, finished, newest_failure, place, scratch
+from feyntune.artifacts.store import open_store, pull, push
+from feyntune.errors import UserError
+from feyntune.names import BASE
+from feyntune.telemetry import setup
+
+
+def evaluate_branch(
+    data: str,
+    variant: str,
+    adapter: str | None,
+    base: str,
+    recipe: dict[str, Any],
+    store: str,
+    branch: str,
+    out: str,
+) -> None:
+    """Score `variant` (its adapter, or the base itself) into `out` and the store; a failed branch stays failed."""
+    setup()
+    if adapter is not None and read_manifest(adapter).kind == "failure":
+        shutil.copytree(adapter, out, dirs_exist_ok=True)
+        return
+    from feyntune.evaluation.config import EvaluateConfig
+    from feyntune.evaluation.evaluate import evaluate
+
+    kept = open_store(store)
+    with failure_as_data(kept, branch, "evaluate", variant, out):
+        config = EvaluateConfig.model_validate({**recipe.get("evaluate", {}), "include_base": adapter is None})
+        evaluate(data, base, {} if adapter is None else {variant: adapter}, out, config)
+        push(kept, out, f"{branch}/evaluation")
+
+
+def compare_branches(
+    corpus: str,
+    data: str,
+    variants: list[str],
+    base: str,
+    recipe: dict[str, Any],
+    code: str,
+    store: str,
+    out: str,
+) -> dict[str, float]:
+    """Compare what the branches of this campaign left in the store; returns metrics for the Kubeflow form.
+
+    Raises:
+        UserError: the base was not scored, so there is nothing to compare with.
+    """
+    from feyntune.evaluation.compare import compare
+
+    setup()
+    kept = open_store(store)
+    split = read_manifest(data).digest
+    evaluations: list[str | Path] = []
+    failures: list[str | Path] = []
+    adapters: dict[str, str | Path] = {}
+    places: dict[str, str] = {}
+    with scratch() as folder:
+        for i, name in enumerate([BASE, *variants]):
+            branch = place(split, base, recipe, code, name)
+            if finished(kept, branch):
+                pull(kept, f"{branch}/evaluation", folder / f"evaluation-{i}", kind="evaluation")
+                evaluations.append(folder / f"evaluation-{i}")
+                if name != BASE:
+                    pull(kept, f"{branch}/adapter", folder / f"adapter-{i}", kind="adapter")
+                    adapters[name] = folder / f"adapter-{i}"
+                    places[name] = f"{branch}/adapter"
+            else:
+                failure = newest_failure(kept, branch, folder / f"failure-{i}")
+                if failure is None:
+                    raise UserError(
+                        f"{name} has neither a result nor a failure under {kept.uri}/{branch}: run it again."
+                    )
+                if name == BASE:
+                    why = json.loads((failure / "outcome.json").read_text())
+                    raise UserError(f"The base model could not be scored, so nothing can be compared: {why['error']}")
+                failures.append(failure)
+        compare(evaluations, adapters, data, out, corpus=corpus, failures=failures, places=places)
+    summary = json.loads((Path(out) / "summary.json").read_text())
+    found = {"base perplexity": summary["base"]["perplexity"]["abstract_mean"]}
+    for name, variant in summary["variants"].items():
+        found[f"{name} perplexity"] = variant["perplexity"]["abstract_mean"]
+        found[f"{name} minus base"] = variant["delta"]["mean"]
+    return found

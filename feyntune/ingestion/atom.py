@@ -1,0 +1,76 @@
+"""A saved answer of arXiv's Atom API (`export.arxiv.org/api/query`)."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lxml import etree
+
+from feyntune.errors import UserError
+from feyntune.ingestion.fields import BadRecord, Row, Wanted, make_paper
+from feyntune.ingestion.tally import OTHER_CATEGORY, Tally
+
+_ID = re.compile(r"https?://arxiv\.org/abs/(.+?)(?:v\d+)?")
+_ARXIV_CATEGORY = re.compile(r"[a-z]+(-[a-z]+)?(\.[A-Za-z-]+)?")  # <category> can be an ACM or MSC term too
+_RSS_LEAD = re.compile(r"\s*arXiv:\S+\s+Announce Type: \S+\s+Abstract:\s*")
+
+
+def read_atom(path: str | Path, wanted: Wanted, tally: Tally) -> Iterator[Row]:
+    """The papers of an Atom feed, entry by entry.
+
+    Raises:
+        UserError: the file is not there, is no Atom feed, is cut short, or holds the server's error message.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the path of a saved Atom answer.")
+    last = 0
+    try:
+        events = etree.iterparse(
+            str(path), events=("start", "end"), resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
+        )
+        _, root = next(iter(events))
+        if etree.QName(root).localname != "feed":
+            raise UserError(f"{path} is a page of <{etree.QName(root).localname}>, not an Atom <feed>: fetch it again.")
+        for event, entry in events:
+            if event != "end" or etree.QName(entry).localname != "entry":
+                continue
+            tally.read += 1
+            last = entry.sourceline
+            try:
+                row = _row(entry)
+            except BadRecord as e:
+                tally.bad(f"{path.name}:{last}", str(e))
+            else:
+                if wanted.takes(row.paper.primary):
+                    yield row
+                else:
+                    tally.left_out[OTHER_CATEGORY] += 1
+            root.remove(entry)
+    except etree.XMLSyntaxError as e:
+        raise UserError(f"{path} is not whole XML after line {last} ({e}): fetch it again.") from e
+
+
+def _row(entry: Any) -> Row:
+    address = entry.findtext("{*}id") or ""
+    if "/api/errors" in address:
+        said = " ".join((entry.findtext("{*}summary") or "").split())
+        raise UserError(f"The Atom file holds arXiv's error message ({said}): correct the query, fetch it again.")
+    found = _ID.fullmatch(address.strip())
+    primary = entry.find("{*}primary_category")
+    terms = [c.get("term", "") for c in entry.iterfind("{*}category")]
+    categories = [t for t in terms if _ARXIV_CATEGORY.fullmatch(t)]
+    if primary is not None:
+        first = primary.get("term", "")
+        categories = [first, *(c for c in categories if c != first)]
+    paper = make_paper(
+        source="atom",
+        id=found[1] if found else address,
+        categories=" ".join(categories),
+        title=entry.findtext("{*}title"),
+        abstract=_RSS_LEAD.sub("", entry.findtext("{*}summary") or "", count=1),
+        submitted=entry.findtext("{*}published"),
+        comments=entry.findtext("{*}comment"),
+    )
+    return Row(paper, (entry.findtext("{*}updated") or "")[:10])

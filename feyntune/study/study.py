@@ -1,0 +1,304 @@
+"""A blind study: people score completions without knowing whose they are.
+
+`make` draws papers and writes one sheet a rater (`study`), and apart from it the key that says whose completion each
+item is (`study-key`). Raters fill in the sheets, or the page of study_page.py does. `score` checks what came back and
+computes what study_figures.py defines (`study-result`).
+"""
+
+import csv
+import io
+import json
+import random
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from feyntune.artifacts.artifact import Manifest, open_artifact, write_artifact
+from feyntune.artifacts.completions import Choice, gather
+from feyntune.errors import UserError
+from feyntune.names import BASE
+from feyntune.study.figures import figures, markdown
+
+SCALE = (1, 10)  # FeynTune's
+FIELDS = ["study", "rater", "number", "item", "beginning", "reference", "continuation", "score", "comment"]
+KEY = pa.schema([pa.field(c, pa.string(), nullable=False) for c in ("rater", "item", "id", "primary", "system")])
+RATINGS = pa.schema([*KEY, pa.field("score", pa.int32(), nullable=False), pa.field("comment", pa.string())])
+
+RUBRIC = (
+    "You see the beginning of an abstract and a continuation of it. Score the continuation from 1 to 10. 1: unrelated "
+    "to the beginning, incoherent, or plainly wrong. 10: could stand in the published abstract: it follows from the "
+    "beginning, what it claims is physically meaningful and right as far as you can tell, and style and notation are "
+    "those of the field. Length alone is no merit."
+)
+
+
+class StudyConfig(BaseModel):
+    """Who scores what.
+
+    Attributes:
+        raters: short names, better not the people's own: they stand in the results.
+        papers: drawn at random; `common` of them are scored by all raters, the others by one each.
+        choice: which completions.
+        show_reference: show the true rest of the abstract. FeynTune does not say whether its raters saw it.
+        rubric: what raters are told.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    raters: list[str] = Field(min_length=1)
+    papers: int = Field(25, ge=1)
+    common: int = Field(5, ge=0)
+    choice: Choice = Choice()
+    show_reference: bool = False
+    rubric: str = RUBRIC
+
+    @field_validator("raters")
+    @classmethod
+    def _file_names(cls, raters: list[str]) -> list[str]:
+        for rater in raters:
+            if not rater.replace("-", "").replace("_", "").isalnum() or not rater.isascii() or len(rater) > 40:
+                raise ValueError(f"rater {rater!r}: use up to 40 letters, digits, - and _")
+        if len({r.lower() for r in raters}) < len(raters):
+            raise ValueError("two raters have the same name")
+        return raters
+
+
+def make(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    key: str | Path,
+    config: StudyConfig,
+    seed: int | None = None,
+    systems: Sequence[str] = (),
+) -> Manifest:
+    """Write a sealed `study` (sheets/RATER.csv, study.json) and, apart, its sealed `study-key`.
+
+    A rater scores all systems of a paper one after the other, as FeynTune's did; papers and systems come in a random
+    order of the rater's own, and items have random names. Whoever has the key, or the seed and the completions, knows
+    whose they are: keep the key away from raters.
+
+    Args:
+        folders: sealed `evaluation` and `answers` folders on one test set, the base's among them.
+        seed: of all draws; a fresh one by default. It is kept in the key.
+        systems: those to show beside the base; all by default.
+
+    Raises:
+        UserError: see gather; fewer papers than asked for; an unknown system; an output folder is not empty.
+    """
+    out, key = Path(out), Path(key)
+    if key.resolve() == out.resolve() or out.resolve() in key.resolve().parents:
+        raise UserError(f"{key} lies within {out}, which raters get: keep the key in a folder apart.")
+    for place in (out, key):
+        if place.exists() and any(place.iterdir()):
+            raise UserError(f"{place} is not empty: a study is never overwritten, choose another folder.")
+    given = gather(folders, config.choice)
+    for name in systems:
+        if name not in given.texts:
+            raise UserError(f"There are no completions of {name}, only of {', '.join(given.texts)}.")
+    shown = [name for name in given.texts if not systems or name in systems or name == BASE]
+    if len(given.papers) < config.papers:
+        raise UserError(f"All systems completed {len(given.papers)} papers, not {config.papers}: ask for fewer.")
+    if config.common > config.papers:
+        raise UserError(f"{config.common} common papers are more than all {config.papers}: ask for fewer.")
+
+    seed = secrets.randbits(63) if seed is None else seed
+    draw = random.Random(seed)
+    papers = draw.sample(sorted(given.papers), config.papers)
+    common, single = papers[: config.common], papers[config.common :]
+    name = f"{draw.getrandbits(48):012x}"
+    used: set[str] = set()
+    sheets: dict[str, list[dict[str, Any]]] = {}
+    hidden: list[dict[str, str]] = []
+    for turn, rater in enumerate(config.raters):
+        mine = common + single[turn :: len(config.raters)]
+        draw.shuffle(mine)
+        sheets[rater] = []
+        for identifier in mine:
+            passage = given.papers[identifier]
+            for system in draw.sample(shown, len(shown)):
+                item = _fresh(draw, used)
+                hidden.append(
+                    {"rater": rater, "item": item, "id": identifier, "primary": passage.primary, "system": system}
+                )
+                sheets[rater].append(
+                    {
+                        "study": name,
+                        "rater": rater,
+                        "number": len(sheets[rater]) + 1,
+                        "item": item,
+                        "beginning": _cell(f"{passage.prompt} …"),
+                        "reference": _cell(f"… {passage.reference.strip()}") if config.show_reference else "",
+                        "continuation": f"… {given.texts[system][identifier].strip() or '(nothing was written)'}",
+                        "score": "",
+                        "comment": "",
+                    }
+                )
+    hidden.sort(key=lambda r: r["item"])
+    kept = {"study": name, "seed": seed, "systems": shown, **config.model_dump(mode="json")}
+    inputs = {k: v for k, v in given.inputs().items() if k == "test" or k.removeprefix("completions of ") in shown}
+    with write_artifact(key, "study-key", inputs, kept) as folder:
+        pq.write_table(pa.Table.from_pylist(hidden, KEY), folder.path / "key.parquet")
+    sealed_key = open_artifact(key, "study-key")
+    public = {"study": name, "raters": config.raters, "scale": list(SCALE), "rubric": config.rubric}
+    with write_artifact(out, "study", {"key": sealed_key.digest}, {"study": name}) as folder:
+        (folder.path / "sheets").mkdir()
+        for rater, rows in sheets.items():
+            (folder.path / "sheets" / f"{rater}.csv").write_text(sheet(rows), encoding="utf-8-sig", newline="")
+        (folder.path / "study.json").write_text(json.dumps(public, indent=1, ensure_ascii=False) + "\n")
+    return open_artifact(out, "study")
+
+
+def _fresh(draw: random.Random, used: set[str]) -> str:
+    """A name that says nothing: letters only, as spreadsheets turn `12e4567` into a number."""
+    while True:
+        item = "".join(draw.choices("abcdefghjkmnpqrstuvwxyz", k=8))
+        if item not in used:
+            used.add(item)
+            return item
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f" {text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def sheet(rows: Iterable[dict[str, Any]]) -> str:
+    """A sheet as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+class Problem(BaseModel):
+    """What is wrong with one field of one row of a returned sheet."""
+
+    file: str
+    line: int
+    field: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}, {self.field}: {self.fix}."
+
+
+def read_sheet(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line, row) of a sheet; commas, semicolons and tabs all serve, as spreadsheets choose by their language.
+
+    Raises:
+        UserError: not UTF-8, no header, or a column is missing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 at byte {e.start}: save it as CSV UTF-8.") from e
+    header = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+    missing = [f for f in ("study", "rater", "item", "score") if f not in (reader.fieldnames or [])]
+    if missing:
+        raise UserError(f"{path}, line 1: the column {missing[0]} is missing: keep the sheet's columns as they were.")
+    rows, line = [], reader.line_num
+    for row in reader:
+        # A cell may hold line breaks: the row begins after the row before it.
+        rows.append((line + 1, {k: v or "" for k, v in row.items() if isinstance(v, str | None) and k}))
+        line = reader.line_num
+    return rows
+
+
+def check(
+    sheets: Sequence[Path], study: str, items: dict[str, dict[str, str]]
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """Scores in returned sheets, and everything that is wrong with them. A row without a score is neither.
+
+    Args:
+        study: the name of the study. items: rows of its key by item.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seen: dict[str, tuple[str, int]] = {}
+    problems = []
+    for path in sheets:
+        for line, row in read_sheet(path):
+            where = {"file": str(path), "line": line}
+            bad = lambda field, fix, where=where: problems.append(Problem(**where, field=field, fix=fix))
+            item = row["item"].strip()
+            if row["study"].strip() != study:
+                bad("study", f"{row['study'].strip()!r} is another study than {study}, return the sheet of this one")
+            elif item not in items:
+                bad("item", f"{item!r} is not in the study, restore the name from the sheet handed out")
+            elif row["rater"].strip() != items[item]["rater"]:
+                bad("rater", f"item {item} belongs to {items[item]['rater']}, restore the name")
+            elif item in seen:
+                bad("item", "{} is there already ({}, line {}), remove one of the rows".format(item, *seen[item]))
+            else:
+                seen[item] = (str(path), line)
+                score = _score(row["score"])
+                if isinstance(score, str):
+                    bad("score", score)
+                elif score is not None:
+                    found[item] = {**items[item], "score": score, "comment": row.get("comment") or None}
+    return [found[item] for item in sorted(found)], problems
+
+
+def _score(text: str) -> int | str | None:
+    """The score in a cell, what is wrong with it, or None for an empty cell."""
+    text = text.strip()
+    if not text:
+        return None
+    try:
+        value = float(text.replace(",", "."))
+    except ValueError:
+        value = float("nan")
+    if not value.is_integer() or not SCALE[0] <= value <= SCALE[1]:
+        return f"{text!r} is not a whole number from {SCALE[0]} to {SCALE[1]}, correct it or leave it empty"
+    return int(value)
+
+
+def score(
+    study: str | Path,
+    key: str | Path,
+    sheets: Sequence[str | Path],
+    out: str | Path,
+    resamples: int = 9999,
+    seed: int = 1,
+) -> Manifest:
+    """Check returned sheets and compute their figures into a sealed `study-result`.
+
+    It holds ratings.parquet (columns RATINGS), summary.json (see study_figures.figures) and summary.md.
+
+    Args:
+        sheets: returned CSV files, or folders of them.
+
+    Raises:
+        UserError: the key is another study's; no sheet; any bad row (all are named: file, line, field, fix), since
+            a row left out in silence would change the figures; no score at all, or none of the base.
+    """
+    sealed, hidden = open_artifact(study, "study"), open_artifact(key, "study-key")
+    if sealed.inputs["key"] != hidden.digest:
+        raise UserError(f"{key} is not the key of {study}: give the key that was made with it.")
+    files = [f for s in map(Path, sheets) for f in (sorted(s.glob("*.csv")) if s.is_dir() else [s])]
+    if not files:
+        raise UserError("There is no sheet to score: give the returned CSV files or their folder.")
+    items = {r["item"]: r for r in pq.read_table(Path(key) / "key.parquet").to_pylist()}
+    ratings, problems = check(files, hidden.config["study"], items)
+    if problems:
+        shown = "\n".join(f"  {p}" for p in problems[:100])
+        more = f"\n  and {len(problems) - 100} more" if len(problems) > 100 else ""
+        raise UserError(f"{len(problems)} row(s) of the sheets cannot be read, nothing was scored:\n{shown}{more}")
+    if not any(r["system"] == BASE for r in ratings):
+        raise UserError("No completion of the base has a score yet: there is nothing to compare with.")
+    config = {**hidden.config, "resamples": resamples, "bootstrap_seed": seed}
+    summary = figures(ratings, items, config)
+    inputs = {**hidden.inputs, "study": sealed.digest, "key": hidden.digest}
+    with write_artifact(out, "study-result", inputs, config) as folder:
+        pq.write_table(pa.Table.from_pylist(ratings, RATINGS), folder.path / "ratings.parquet")
+        (folder.path / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        (folder.path / "summary.md").write_text(markdown(summary))
+    return open_artifact(out, "study-result")

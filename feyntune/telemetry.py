@@ -1,0 +1,108 @@
+"""What a person sees while a step runs: log lines, and progress with a rate and the time left."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger("feyntune")
+console = Console(stderr=True, soft_wrap=True)  # results go to standard output, everything else here
+RELAYED = "\x1efeyntune "  # marks a step's own lines for the local run, which shows them
+
+
+def setup(quiet: bool = False) -> None:
+    """Send the project's log to standard error; on a cluster one JSON object a line (FEYNTUNE_LOG=json).
+
+    In a step of the local run, also end this process when the run that started it is gone.
+    """
+    handler: logging.Handler
+    if "FEYNTUNE_RUN_PID" in os.environ:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter(f"{RELAYED}%(message)s"))
+        threading.Thread(target=_end_with, args=(int(os.environ["FEYNTUNE_RUN_PID"]),), daemon=True).start()
+    elif os.environ.get("FEYNTUNE_LOG") == "json":
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_JsonLines())
+    elif console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, omit_repeated_times=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _end_with(pid: int) -> None:
+    while True:
+        time.sleep(0.5)
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class ProgressLogger:
+    """Counts what a loop has done; a bar on a terminal, a log line every ten seconds elsewhere."""
+
+    def __init__(self, what: str, total: float | None, unit: str, bar: Progress | None):
+        self.what, self.total, self.unit, self.bar = what, total, unit, bar
+        self.done = 0.0
+        self.started = self.said = time.monotonic()
+        self.task = bar.add_task(what, total=total, notes="") if bar else None
+
+    def advance(self, by: float = 1, **notes: float | str) -> None:
+        """Say that `by` more units are done; `notes` (loss=2.31) are shown beside the rate."""
+        self.done += by
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rate = self.done / seconds
+        shown = [f"{rate:,.1f} {self.unit}/s"]
+        shown += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items()]
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, notes="  ".join(shown))
+        elif time.monotonic() - self.said >= 10:
+            self.said = time.monotonic()
+            left = ""
+            if self.total:
+                left = f"/{self.total:,.0f}"
+                shown.append(f"{(self.total - self.done) / rate:,.0f} s left")
+            log.info("%s: %s%s %s, %s", self.what, f"{self.done:,.0f}", left, self.unit, ", ".join(shown))
+
+
+@contextmanager
+def progress(what: str, total: float | None = None, unit: str = "records") -> Iterator[ProgressLogger]:
+    """Show the progress of a loop: `with progress("train", steps, "steps") as p: p.advance(loss=1.2)`."""
+    if not console.is_terminal or log.level > logging.INFO:
+        yield ProgressLogger(what, total, unit, None)
+        return
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[notes]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield ProgressLogger(what, total, unit, bar)

@@ -1,0 +1,150 @@
+"""What a set of variants will take: tokens, steps, memory, GPU-hours and money, before any of it is spent.
+
+Throughput is measured (give `tokens_per_second`) or stated: a share of the device's peak, which is an assumption
+until a GPU has been measured. Beside it stands the published recipe on the same hardware, from the stats of its
+code: one process walks over the GPUs layer by layer, half of a padded batch is padding, every layer is
+recomputed, and the whole training set is evaluated ten times (arXiv 2508.03716's repository, configs/).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from feyntune.errors import UserError
+from feyntune.training.config import TrainConfig
+from feyntune.training.memory import LLAMA_8B, Shape, plan
+
+PADDED = 2.06  # tokens computed for one that counts, in random batches of 16 real hep-th abstracts
+EVALUATING = 0.43  # share of the published run's compute
+TOKENS_PER_PAPER = 185.0  # hep-th abstracts with BOS and EOS under a 4,096-token BPE; Llama 3's was not tried
+
+# Training papers of the paper's ten mixtures. Those with a + are derived from counts of the parts, to about 1 %.
+PAPER_MIXTURES = {
+    "hep-th": 73_768,
+    "hep-ph+gr-qc": 137_136,
+    "hep-th+hep-ph+gr-qc": 210_904,
+    "hep-th70+hep-ph15+gr-qc15": 73_768,
+    "hep-th85+gr-qc15": 73_768,
+    "hep-th85+hep-ph15": 73_768,
+    "hep-th+gr-qc": 118_400,
+    "hep-th+hep-ph": 166_600,
+    "hep-ph+gr-qc-small": 73_768,
+    "hep-th+q-bio+cs": 210_904,
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device: name, dense bf16 FLOP/s, bytes of memory."""
+
+    name: str
+    flops: float
+    memory: float
+
+
+HARDWARE = {
+    "a100-40gb": Hardware("A100-40GB", 312e12, 42.4e9),
+    "a100-80gb": Hardware("A100-80GB", 312e12, 85.0e9),
+    "h100": Hardware("H100", 989e12, 85.0e9),
+    "h200": Hardware("H200", 989e12, 150.7e9),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The plan of one variant. Money is in the currency of the price that was given."""
+
+    variant: str
+    papers: int
+    tokens: int  # over all epochs, padding not counted
+    steps: int
+    checkpointed_layers: int
+    memory_bytes: float
+    gpu_hours: float
+    hours: float
+    money: float | None
+    published_gpu_hours: float
+    published_hours: float
+    published_money: float | None
+
+
+def plan_variants(
+    papers: Mapping[str, int],
+    hardware: str = "a100-40gb",
+    devices: int = 3,
+    config: TrainConfig | None = None,
+    tokens_per_paper: float = TOKENS_PER_PAPER,
+    tokens_per_second: float | None = None,
+    utilisation: float = 0.35,
+    price: float | None = None,
+    shape: Shape = LLAMA_8B,
+) -> list[Row]:
+    """One row for each variant.
+
+    Args:
+        papers: training papers of each `MIXTURE/METHOD`.
+        tokens_per_second: useful tokens a second of one device, as measured; else it follows from `utilisation`,
+            the share of the peak FLOP/s that 4N FLOPs a token make (6N for what is recomputed).
+        price: of one device for one hour.
+
+    Raises:
+        UserError: unknown hardware, or a step that does not fit it.
+    """
+    if hardware not in HARDWARE:
+        raise UserError(f"Hardware {hardware!r} is not known: choose one of {', '.join(HARDWARE)}.")
+    device, config = HARDWARE[hardware], config or TrainConfig()
+    rows = []
+    for variant, count in papers.items():
+        method = variant.rpartition("/")[2]
+        fit = plan(shape, method, config, device.memory)
+        per_epoch = -(-count // config.batch)
+        steps = config.steps or config.epochs * per_epoch
+        tokens = steps / per_epoch * count * tokens_per_paper
+        rate = tokens_per_second or device.flops * utilisation / flops_per_token(shape, fit.layers)
+        hours = tokens / rate / 3600
+        # The same device at the same share of its peak, so that the recipes are compared and nothing else.
+        plain = tokens_per_second or device.flops * utilisation / flops_per_token(shape, 0)
+        recomputing = flops_per_token(shape, shape.layers) / flops_per_token(shape, 0)
+        published = tokens * PADDED * recomputing / plain / (1 - EVALUATING) / 3600
+        money = lambda spent: None if price is None else round(spent * price, 2)
+        rows.append(
+            Row(
+                variant=variant,
+                papers=count,
+                tokens=round(tokens),
+                steps=steps,
+                checkpointed_layers=fit.layers,
+                memory_bytes=fit.bytes,
+                gpu_hours=hours,
+                hours=hours / devices,
+                money=money(hours),
+                published_gpu_hours=published * devices,  # two of three wait while one computes
+                published_hours=published,
+                published_money=money(published * devices),
+            )
+        )
+    return rows
+
+
+def paper_variants() -> dict[str, int]:
+    """The twenty variants of the paper with their training papers."""
+    return {f"{mixture}/{method}": n for mixture, n in PAPER_MIXTURES.items() for method in ("lora-qkv", "lora-all")}
+
+
+def totals(rows: list[Row]) -> dict[str, Any]:
+    """Sums over the rows; the memory is the largest."""
+    keys: tuple[str, ...] = ("papers", "tokens", "steps", "gpu_hours", "hours", "money")
+    keys += ("published_gpu_hours", "published_hours", "published_money")
+    found: dict[str, Any] = {"variants": len(rows), "memory_bytes": max((r.memory_bytes for r in rows), default=0)}
+    for key in keys:
+        values = [asdict(r)[key] for r in rows]
+        found[key] = None if None in values else sum(values)
+    return found
+
+
+def flops_per_token(shape: Shape, recomputing: int) -> float:
+    """FLOPs of a training step a token: 2N forward and 2N backward (frozen weights need no gradient of their own),
+    and 2N again for the share of layers that recompute. N counts the matrices: linear layers and output head.
+    """
+    head = shape.vocabulary * shape.hidden
+    return 4 * (shape.linear + head) + 2 * shape.linear * recomputing / shape.layers

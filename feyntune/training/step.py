@@ -1,0 +1,50 @@
+"""The train step of a suite's branch: launch the training, keep its result or its failure."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from feyntune.artifacts.artifact import is_artifact, read_manifest
+from feyntune.artifacts.cache import failure_as_data
+from feyntune.artifacts.store import open_store
+from feyntune.errors import EXIT_INTERRUPTED, Interrupted
+from feyntune.telemetry import setup
+from feyntune.training.launch import launch
+
+
+def train_branch(
+    data: str,
+    variant: str,
+    base: str,
+    recipe: dict[str, Any],
+    devices: int,
+    store: str,
+    branch: str,
+    out: str,
+) -> dict[str, float]:
+    """Train `variant` into `out` (a sealed `adapter`, or a `failure`); returns metrics for the Kubeflow form.
+
+    Raises:
+        SystemExit: with code 75 when the training was stopped and has saved; Kubeflow retries the task.
+    """
+    setup()
+    mixture, _, method = variant.rpartition("/")
+    config = {**recipe.get("train", {}), "devices": devices}
+    place = f"{store.rstrip('/')}/{branch}"
+    try:
+        with failure_as_data(open_store(store), branch, "train", variant, out):
+            launch(
+                data=data,
+                mixture=mixture,
+                method=method,
+                base=base,
+                out=out,
+                config=config,
+                checkpoints=place,
+            )
+    except Interrupted:
+        sys.exit(EXIT_INTERRUPTED)
+    if not is_artifact(out) or not (Path(out) / "adapter_config.json").is_file():
+        return {}
+    stats = read_manifest(out).stats
+    return {k: float(stats[k]) for k in ("seconds", "train_tokens", "tokens_per_second") if k in stats}

@@ -1,0 +1,369 @@
+import json
+
+import pytest
+from pydantic import SecretStr
+
+from feyntune.deployment.deploy import (
+    DeployError,
+    deploy,
+    expected_models,
+    parse_spec,
+    render,
+    secret_annotations,
+    service_account,
+    serving_of_run,
+)
+from feyntune.deployment.step import deploy_registry
+from feyntune.errors import UserError
+from feyntune.names import slug
+from feyntune.registry.register import register
+from feyntune.registry.registry import Registry
+from tests.registry.factories import make_adapter, make_comparison
+from tests.servers.kube import KubeServer
+
+QKV, ALL, GR = "hep-th/lora-qkv", "hep-ph+gr-qc/lora-all", "gr-qc/lora-qkv"
+DELTAS = {QKV: (-2.0, -3.0, -1.0), ALL: (-5.0, -6.0, -4.0), GR: (-0.5, -1.5, 0.5)}
+
+
+@pytest.fixture
+def registry(s3, tmp_path) -> str:
+    adapters = {v: make_adapter(tmp_path / v, v) for v in DELTAS}
+    register(make_comparison(tmp_path / "c", adapters, DELTAS), adapters, f"{s3}/registry")
+    return f"{s3}/registry"
+
+
+def spec(registry="s3://bucket/registry", **fields):
+    whole = {
+        "namespace": "physics",
+        "base": "s3://bucket/bases/llama",
+        "registry": registry,
+        "image": "feyntune/predictor:0.1.0",
+        "s3_endpoint": "http://store.example:9000",
+        **fields,
+    }
+    return parse_spec({k: v for k, v in whole.items() if v is not None})
+
+
+def llm(registry="s3://bucket/registry", **fields):
+    return spec(registry, kind="LLMInferenceService", gpus=1, image=None, **fields)
+
+
+def walk(value):
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walk(inner)
+
+
+# --- the description
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"name": "Not_A_Name"}, "name: String should match pattern"),
+        ({"registry": "runs/registry"}, "registry: .*only in S3"),
+        ({"s3_endpoint": "http://user:pw@host"}, "s3_endpoint: .*without a user or password"),
+        ({"s3_endpoint": "host:9000"}, "s3_endpoint: .*must be an http"),
+        ({"aws_secret_access_key": "x"}, "aws_secret_access_key: Extra inputs"),
+        ({"gpus": 2}, "at most one GPU"),
+        ({"max_rank": 7}, "max_rank"),
+        ({"kind": "LLMInferenceService", "gpus": 1, "base": "meta-llama/Llama-3.1-8B"}, "vLLM takes it from"),
+        ({"kind": "LLMInferenceService"}, "vLLM needs at least one"),
+        ({"kind": "LLMInferenceService", "gpus": 1, "max_cpu_adapters": 2}, "at least max_adapters"),
+    ],
+)
+def test_an_impossible_description_names_its_field(fields, says):
+    with pytest.raises(UserError, match=says):
+        spec(**fields)
+
+
+# --- what is rendered
+
+
+def typed(obj, model, monkeypatch):
+    """`obj` read into KServe's typed model and written out again: what it does not know is lost."""
+    import kserve.models
+    import kubernetes.client
+    from kserve import ApiClient
+
+    for name in dir(kubernetes.client):  # KServe's models refer to Kubernetes' and do not import them
+        if name.startswith("V1"):
+            monkeypatch.setattr(kserve.models, name, getattr(kubernetes.client, name), raising=False)
+
+    class Response:
+        data = json.dumps(obj)
+
+    client = ApiClient()
+    return client.sanitize_for_serialization(client.deserialize(Response, model))
+
+
+def test_the_objects_are_those_of_kserves_typed_models(registry, monkeypatch):
+    state = Registry.open(registry).snapshot()
+    full = {"keys_secret": "keys", "gpus": 1, "node_selector": {"a": "b"}, "tolerations": [{"key": "nvidia.com/gpu"}]}
+    runtime, service = render(spec(registry, **full), state)
+    assert typed(runtime, "V1alpha1ServingRuntime", monkeypatch) == runtime
+    read = typed(service, "V1beta1InferenceService", monkeypatch)
+    assert read["spec"]["predictor"]["model"].pop("name") == ""  # the typed model's own default
+    assert read == service
+    assert runtime["apiVersion"] == "serving.kserve.io/v1alpha1"
+    assert service["apiVersion"] == "serving.kserve.io/v1beta1"
+    assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
+    assert runtime["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_vllm_gets_every_adapter_with_rank_and_limits(registry):
+    state = Registry.open(registry).snapshot()
+    (service,) = render(llm(registry), state)
+    assert service["apiVersion"] == "serving.kserve.io/v1alpha2"
+    lora = service["spec"]["model"]["lora"]
+    assert (lora["maxRank"], lora["maxAdapters"], lora["maxCpuAdapters"]) == (16, 3, 48)
+    assert [a["name"] for a in lora["adapters"]] == sorted(slug(v) for v in DELTAS)
+    for adapter in lora["adapters"]:
+        version = state.resolve(adapter["name"])
+        assert adapter["uri"] == f"{registry}/{version.adapter}"
+        stored = set(Registry.open(registry).store.names(f"{version.adapter}/"))
+        assert f"{version.adapter}/adapter_model.safetensors" in stored
+    assert service["spec"]["template"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_same_registry_renders_the_same_whatever_was_added_first(registry):
+    state = Registry.open(registry).snapshot()
+    turned = type(state)(dict(reversed(state.versions.items())), state.aliases, state.history, state.marker)
+    for wanted in (spec(registry), llm(registry)):
+        assert json.dumps(render(wanted, state)) == json.dumps(render(wanted, turned))
+
+
+@pytest.mark.parametrize("make", [spec, llm])
+def test_every_container_is_restricted(registry, make):
+    objects = render(make(registry), Registry.open(registry).snapshot())
+    containers = [c for o in objects for v in walk(o) if isinstance(v, dict) for c in v.get("containers", [])]
+    assert containers
+    for container in containers:
+        context = container["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+
+
+def test_the_pods_may_have_the_hubs_token(registry):
+    runtime = render(spec(registry), Registry.open(registry).snapshot())[0]
+    (token,) = [e for e in runtime["spec"]["containers"][0]["env"] if e["name"] == "HF_TOKEN"]
+    assert token["valueFrom"]["secretKeyRef"] == {"name": "feyntune-hub", "key": "HF_TOKEN", "optional": True}
+
+
+def test_keys_are_named_and_never_contained(registry, monkeypatch, s3_server):
+    for make in (spec, llm):
+        wanted = make(registry)
+        everything = json.dumps([*render(wanted, Registry.open(registry).snapshot()), service_account(wanted)])
+        assert s3_server["AWS_SECRET_ACCESS_KEY"] not in everything
+        assert "feyntune-s3" in everything
+
+
+def test_the_secrets_annotations_say_where_the_store_is():
+    plain, tls = secret_annotations(spec()), secret_annotations(spec(s3_endpoint="https://s3.example"))
+    assert plain["serving.kserve.io/s3-endpoint"] == "store.example:9000"
+    assert plain["serving.kserve.io/s3-usehttps"] == "0"
+    assert tls["serving.kserve.io/s3-usehttps"] == tls["serving.kserve.io/s3-verifyssl"] == "1"
+    assert service_account(spec())["secrets"] == [{"name": "feyntune-s3"}]
+
+
+def test_an_adapter_above_the_rank_limit_is_refused_by_name(s3, tmp_path):
+    adapters = {QKV: make_adapter(tmp_path / "a", QKV, rank=12)}
+    register(make_comparison(tmp_path / "c", adapters, {QKV: DELTAS[QKV]}), adapters, f"{s3}/r")
+    with pytest.raises(UserError, match=f"{QKV}@.* has a rank above max_rank 8"):
+        render(spec(f"{s3}/r", max_rank=8), Registry.open(f"{s3}/r").snapshot())
+
+
+def test_vllm_without_an_adapter_is_refused(s3):
+    with pytest.raises(UserError, match="has no adapter to serve yet"):
+        render(llm(f"{s3}/empty"), Registry.open(f"{s3}/empty").snapshot())
+
+
+# --- applied to an API server
+
+
+@pytest.fixture
+def kube(registry):
+    with KubeServer() as server:
+        server.objects[("secrets", "feyntune-s3")] = {
+            "metadata": {"name": "feyntune-s3", "resourceVersion": "0"},
+            "data": {"AWS_ACCESS_KEY_ID": "aA=="},
+        }
+        server.models = {"base": "llama", **expected_models(spec(registry), Registry.open(registry).snapshot())}
+        yield server
+
+
+def api_client(kube):
+    from kubernetes.client import ApiClient, Configuration
+
+    configuration = Configuration()
+    configuration.host = kube.url
+    configuration.retries = False
+    return ApiClient(configuration)
+
+
+def go(kube, wanted, **options):
+    return deploy(wanted, client=api_client(kube), poll=0.01, **{"timeout": 20, **options})
+
+
+def test_a_deployment_answers_for_every_adapter_and_is_recorded(kube, registry):
+    done = go(kube, spec(registry))
+    state = Registry.open(registry).snapshot()
+    assert {slug(v) for v in DELTAS} | {"base", "champion"} <= set(kube.asked)
+    assert done.versions == sorted(v.name for v in state.served)
+    assert state.deployments == [done]
+    assert done.url == f"{kube.url}/endpoint"
+    assert {key[0] for key in kube.objects} == {"secrets", "serviceaccounts", "servingruntimes", "inferenceservices"}
+    secret = kube.objects[("secrets", "feyntune-s3")]
+    assert secret["metadata"]["annotations"] == secret_annotations(spec(registry))
+    assert secret["data"] == {"AWS_ACCESS_KEY_ID": "aA=="}
+    assert not any(method == "GET" and "secrets" in path for method, path, _ in kube.requests)
+
+
+def test_vllm_is_deployed_the_same_way(kube, registry):
+    kube.models = {"base": "x", **{slug(v): "path" for v in DELTAS}}
+    go(kube, llm(registry))
+    assert ("llminferenceservices", "abstracts") in kube.objects
+    assert sorted(kube.asked) == sorted(kube.models)
+
+
+def test_deploying_again_replaces_and_waits_for_the_new_generation(kube, registry):
+    go(kube, spec(registry))
+    go(kube, spec(registry, replicas=3))
+    service = kube.objects[("inferenceservices", "abstracts")]
+    assert service["spec"]["predictor"]["minReplicas"] == 3
+    assert service["metadata"]["generation"] == service["status"]["observedGeneration"] == 2
+    assert len(Registry.open(registry).snapshot().deployments) == 2
+
+
+def deployed(kube):
+    return {key: value["spec"] for key, value in kube.objects.items() if "spec" in value}
+
+
+FAILURES = {
+    "never ready": (lambda k: setattr(k, "ready_after", None), "waited in vain for InferenceService abstracts"),
+    "a missing model": (lambda k: k.models.pop("gr-qc.lora-qkv"), "waited in vain for the endpoint to list"),
+    "a foreign model": (lambda k: k.models.update(other="x"), "waited in vain for the endpoint to list"),
+    "an old version": (lambda k: k.models.update(champion="hep-th/lora-qkv@0"), "waited in vain for the endpoint"),
+    "a broken adapter": (lambda k: k.silent.add("hep-th.lora-qkv"), "hep-th.lora-qkv answered 500: .*adapter broke"),
+    "a refused create": (lambda k: k.fail("POST", "inferenceservices", 422), "422 .*ordered by the test"),
+    "a forbidden read": (lambda k: k.fail("GET", "/inferenceservices", 403, 99), "403 .*ordered by the test"),
+    "a key is asked for": (lambda k: setattr(k, "key", "hush"), "none was given"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_does_not_answer_is_taken_back(kube, registry, failure):
+    order, says = FAILURES[failure]
+    order(kube)
+    with pytest.raises(UserError, match=says):
+        go(kube, spec(registry), timeout=1)
+    assert deployed(kube) == {}
+    assert Registry.open(registry).snapshot().deployments == []
+
+
+@pytest.mark.parametrize("failure", ["never ready", "a broken adapter", "a missing model"])
+def test_what_was_there_before_is_put_back(kube, registry, failure):
+    go(kube, spec(registry))
+    before = deployed(kube)
+    FAILURES[failure][0](kube)
+    with pytest.raises(DeployError, match="Everything is as it was before"):
+        go(kube, spec(registry, replicas=3, image="feyntune/predictor:broken"), timeout=1)
+    assert deployed(kube) == before
+
+
+def test_a_change_by_somebody_else_is_not_overwritten(kube, registry):
+    go(kube, spec(registry))
+    kube.fail("PUT", "/inferenceservices", 409)
+    with pytest.raises(DeployError, match="409"):
+        go(kube, spec(registry, replicas=3), timeout=1)
+    assert kube.objects[("inferenceservices", "abstracts")]["spec"]["predictor"]["minReplicas"] == 1
+
+
+def test_errors_of_the_server_while_waiting_are_waited_out(kube, registry):
+    kube.ready_after = 4
+    kube.models.pop("champion")
+    kube.fail("GET", "/endpoint/openai/v1/models", 503, 3)
+    kube.models = {"base": "llama", **expected_models(spec(registry), Registry.open(registry).snapshot())}
+    assert go(kube, spec(registry)).versions
+
+
+def test_what_could_not_be_put_back_is_said(kube, registry):
+    kube.silent.add("champion")
+    kube.fail("DELETE", "/inferenceservices", 500, 99)
+    with pytest.raises(DeployError, match=r"Could not be put back: InferenceService abstracts \(500"):
+        go(kube, spec(registry))
+    assert ("servingruntimes", "abstracts") not in kube.objects
+
+
+def test_without_the_secret_nothing_is_deployed(kube, registry):
+    del kube.objects[("secrets", "feyntune-s3")]
+    with pytest.raises(UserError, match=r"404 .*secrets feyntune-s3 not found. Nothing was deployed"):
+        go(kube, spec(registry))
+    assert deployed(kube) == {}
+
+
+def test_a_cluster_that_is_not_there_is_said_so(registry):
+    with KubeServer() as gone:
+        pass
+    with pytest.raises(UserError, match="Nothing was deployed"):
+        go(gone, spec(registry))
+
+
+def test_an_endpoint_with_keys_is_not_deployed_without_one(kube, registry):
+    with pytest.raises(UserError, match="--key-file"):
+        go(kube, spec(registry, keys_secret="keys"))
+    assert deployed(kube) == {}
+    with pytest.raises(UserError, match="keys_secret: a run holds no key"):
+        serving_of_run(
+            {"namespace": "n", "image": "x", "keys_secret": "keys", "s3_endpoint": "http://s3"}, "s3://b/base", registry
+        )
+
+
+def test_the_endpoints_key_is_sent_and_not_shown(kube, registry):
+    kube.key = "hush-hush"
+    assert go(kube, spec(registry), key=SecretStr("hush-hush")).versions
+    kube.silent.add("champion")
+    with pytest.raises(DeployError) as e:
+        go(kube, spec(registry), key=SecretStr("hush-hush"))
+    assert "hush" not in str(e.value)
+    assert not any(b"hush" in body for _, _, body in kube.requests)
+
+
+def test_an_interrupted_deployment_is_taken_back(kube, registry, monkeypatch):
+    monkeypatch.setattr("feyntune.deployment.deploy._Endpoint", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        go(kube, spec(registry))
+    assert deployed(kube) == {}
+
+
+# --- the last step of a suite
+
+
+DESCRIPTION = {"namespace": "physics", "image": "feyntune/predictor:0.1.0", "s3_endpoint": "http://store.example:9000"}
+
+
+def test_a_run_deploys_what_it_registered_with_its_own_base(kube, registry, monkeypatch):
+    from feyntune.deployment import deploy as room
+
+    kube.ready_after = 0
+    monkeypatch.setattr(room, "_client", lambda: api_client(kube))
+    base = "s3://bucket/bases/llama@" + "a" * 64
+    assert deploy_registry(QKV, base, registry, DESCRIPTION) == f"{kube.url}/endpoint"
+    (runtime,) = (o for (kind, _), o in kube.objects.items() if kind == "servingruntimes")
+    assert f"--base={base}" in runtime["spec"]["containers"][0]["args"]
+    assert len(Registry.open(registry).snapshot().deployments) == 1
+
+
+def test_a_run_deploys_nothing_unasked_or_while_nothing_passed(registry):
+    assert deploy_registry(QKV, "s3://bucket/base", registry, {}) == ""
+    assert deploy_registry("", "s3://bucket/base", registry, DESCRIPTION) == ""
+    assert Registry.open(registry).snapshot().deployments == []
+
+
+def test_a_run_cannot_deploy_another_registry(registry):
+    with pytest.raises(UserError, match="registry: leave it out"):
+        deploy_registry(QKV, "s3://bucket/base", registry, {**DESCRIPTION, "registry": "s3://bucket/other"})

@@ -1,0 +1,304 @@
+"""Asking endpoints: over real HTTP, with real faults, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from feyntune.errors import UserError
+from feyntune.judging.endpoints import Endpoint, Question, ask, load_endpoints
+from tests.servers.openai import OpenAI
+
+KEY = "sk-test-0123456789abcdef"
+
+
+def echo(body):
+    return "echo " + body["messages"][-1]["content"]
+
+
+@pytest.fixture
+def server():
+    with OpenAI(echo).running() as running:
+        yield running
+
+
+def endpoint(server, **changes):
+    settings = {"name": "some-model", "base_url": server.url, "model": "big-1", "price_in": 1, "price_out": 10}
+    settings |= {"cap": 100, "timeout": 10, "at_once": 1}
+    return Endpoint.model_validate({**settings, **changes})
+
+
+def questions(count):
+    return [Question("Repeat.", f"word {i}") for i in range(count)]
+
+
+def texts(answers):
+    return [a.text if a else None for a in answers.found]
+
+
+def test_answers_come_in_the_order_of_the_questions_and_several_at_once(server, tmp_path):
+    server.before_answer = lambda number: time.sleep(0.05 * (number % 3))
+    found = ask(endpoint(server, at_once=4), questions(20), tmp_path)
+    assert texts(found) == [f"echo word {i}" for i in range(20)]
+    assert 1 < server.most_at_once <= 4
+
+
+def test_what_is_sent_is_what_is_configured(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL_KEY", KEY)
+    server.key = KEY
+    ask(endpoint(server, key_env="MODEL_KEY", temperature=0.3, max_tokens=77), questions(1), tmp_path)
+    assert server.requests[-1] == {
+        "model": "big-1",
+        "temperature": 0.3,
+        "max_tokens": 77,
+        "messages": [{"role": "system", "content": "Repeat."}, {"role": "user", "content": "word 0"}],
+    }
+    reasoning = endpoint(
+        server, key_env="MODEL_KEY", temperature=None, limit_field="max_completion_tokens", max_tokens=5
+    )
+    ask(reasoning, questions(1), tmp_path)
+    assert "temperature" not in server.requests[-1]
+    assert server.requests[-1]["max_completion_tokens"] == 5
+    server.answer = lambda body: body["prompt"] + " and on"
+    found = ask(endpoint(server, key_env="MODEL_KEY", api="completions"), questions(1), tmp_path)
+    assert texts(found) == ["word 0 and on"]
+    assert "messages" not in server.requests[-1]
+
+
+def test_nothing_is_asked_twice(server, tmp_path):
+    first = ask(endpoint(server), questions(5), tmp_path)
+    again = ask(endpoint(server), questions(8), tmp_path)
+    assert texts(again)[:5] == texts(first)
+    assert server.answered == 8
+    assert (first.bought, again.bought) == (5, 3)
+    ask(endpoint(server, temperature=0.1), questions(1), tmp_path)  # another question
+    assert server.answered == 9
+
+
+def test_the_same_question_twice_is_one_purchase(server, tmp_path):
+    found = ask(endpoint(server), questions(2) * 3, tmp_path)
+    assert texts(found) == ["echo word 0", "echo word 1"] * 3
+    assert server.answered == 2
+    assert found.stats()["cost"] == pytest.approx(found.spent)
+
+
+def test_a_torn_last_line_is_asked_again_and_a_damaged_journal_is_refused(server, tmp_path):
+    ask(endpoint(server), questions(3), tmp_path)
+    journal = tmp_path / ".answers" / "some-model.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-30])
+    assert texts(ask(endpoint(server), questions(3), tmp_path)) == ["echo word 0", "echo word 1", "echo word 2"]
+    assert server.answered == 4
+    assert None not in texts(ask(endpoint(server), questions(3), tmp_path))  # nothing of the torn line is left
+    assert server.answered == 4
+    journal.write_bytes(b"rubbish\n" + whole)
+    with pytest.raises(UserError, match="damaged at byte 0"):
+        ask(endpoint(server), questions(3), tmp_path)
+
+
+def test_two_runs_cannot_pay_for_the_same_at_once(server, tmp_path):
+    inside, go = threading.Event(), threading.Event()
+    server.before_answer = lambda number: (inside.set(), go.wait(30))
+    one = threading.Thread(target=ask, args=(endpoint(server), questions(1), tmp_path))
+    one.start()
+    assert inside.wait(30)
+    with pytest.raises(UserError, match="in use by another run"):
+        ask(endpoint(server), questions(1), tmp_path)
+    go.set()
+    one.join()
+    assert server.answered == 1
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "cut", "stall"])
+def test_a_passing_fault_is_met_by_asking_again(server, tmp_path, fault):
+    server.faults = {2: fault}
+    found = ask(endpoint(server, timeout=0.5 if fault == "stall" else 10), questions(3), tmp_path)
+    assert texts(found) == ["echo word 0", "echo word 1", "echo word 2"]
+    assert len(server.requests) == 4
+    assert found.stats()["repeated_requests"] == 1
+    if fault == "429":
+        assert server.times[2] - server.times[1] >= server.retry_after  # the client's own pause is shorter
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("malformed", "JSON"), ("empty", "no choices"), ("400", "content was filtered")]
+)
+def test_a_question_without_an_answer_is_named_counted_and_asked_again_by_the_next_run(server, tmp_path, fault, said):
+    server.faults = {2: fault}
+    found = ask(endpoint(server, retries=0), questions(3), tmp_path)
+    assert texts(found) == ["echo word 0", None, "echo word 2"]
+    assert said in found.failures[1]
+    assert found.stats()["failed"] == 1
+    assert texts(ask(endpoint(server), questions(3), tmp_path))[1] == "echo word 1"
+    assert len(server.requests) == 4
+
+
+def test_an_endpoint_that_keeps_failing_is_given_up_with_what_it_gave_kept(server, tmp_path):
+    server.faults = dict.fromkeys(range(3, 100), "500")
+    with pytest.raises(UserError, match=r"some-model gives no answers \(HTTP 500"):
+        ask(endpoint(server, retries=0), questions(50), tmp_path)
+    assert len(server.requests) == 7
+    server.faults = {}
+    assert None not in texts(ask(endpoint(server), questions(50), tmp_path))
+    assert server.answered == 50
+
+
+def test_an_unknown_model_is_said_at_once(server, tmp_path):
+    server.always = "404"
+    with pytest.raises(UserError, match="big-1 does not exist"):
+        ask(endpoint(server), questions(50), tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_the_cost_is_that_of_the_tokens(server, tmp_path):
+    found = ask(endpoint(server), questions(4), tmp_path)
+    stats = found.stats()
+    assert (stats["tokens_in"], stats["tokens_out"]) == (4 * 2, 4 * 3)  # the server counts words
+    assert stats["cost"] == pytest.approx((8 * 1 + 12 * 10) / 1e6)
+    assert found.spent == pytest.approx(stats["cost"])
+
+
+def test_an_answer_without_counts_costs_the_most_it_can(server, tmp_path):
+    server.always = "unmetered"
+    stats = ask(endpoint(server, max_tokens=50), questions(2), tmp_path).stats()
+    assert stats["not_metered"] == 2
+    assert stats["tokens_out"] == 100
+    assert stats["cost"] > 2 * 50 * 10 / 1e6
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_the_cap_is_never_passed_and_what_there_is_is_given(server, tmp_path, at_once):
+    server.answer = lambda body: "word " * 100  # exactly as long as it may be
+    capped = endpoint(server, max_tokens=100, cap=0.0105, at_once=at_once)
+    found = ask(capped, questions(50), tmp_path)
+    assert 0.008 < found.spent <= 0.0105
+    assert found.stopped
+    assert "before the cap of 0.0105" in found.stopped
+    assert found.found.count(None) == 50 - found.bought
+    assert not found.failures
+    again = ask(capped, questions(50), tmp_path)  # the cap holds for all runs together
+    assert again.bought == 0
+    assert server.answered == found.bought
+    more = ask(endpoint(server, max_tokens=100, cap=1), questions(50), tmp_path)
+    assert None not in more.found
+    assert server.answered == 50
+
+
+RUN = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    from feyntune.judging.endpoints import Endpoint, Question, ask
+    from feyntune.errors import Interrupted
+    e = Endpoint(name="m", base_url=sys.argv[1], model="b", price_in=1, price_out=1, cap=9, at_once=2, timeout=60)
+    try:
+        found = ask(e, [Question("", f"word {i}") for i in range(12)], Path(sys.argv[2]))
+    except Interrupted as stop:
+        print(stop)
+        sys.exit(75)
+    print(sum(a is not None for a in found.found))
+    """
+)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_goes_on_and_pays_nothing_twice(server, tmp_path, how):
+    go = threading.Event()
+
+    def hold(number):
+        if number >= 7:
+            go.wait(60)
+
+    server.before_answer = hold
+    command = [sys.executable, "-c", RUN, server.url, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    journal = tmp_path / ".answers" / "m.jsonl"
+    while len(server.requests) < 8 or journal.read_bytes().count(b"\n") < 6:  # six are kept, two in flight
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(how)
+    if how == signal.SIGKILL:
+        process.wait()
+    go.set()
+    said = process.communicate()[0]
+    kept = len(journal.read_bytes().splitlines())
+    if how != signal.SIGKILL:  # what was in flight was waited for
+        assert process.returncode == 75
+        assert kept == server.answered == 8
+        assert f"{kept} answers" in said
+    server.before_answer = None
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "12\n"
+    assert len(server.requests) == 12 + (2 if how == signal.SIGKILL else 0)
+    asked = [r["messages"][-1]["content"] for r in server.requests]
+    assert set(asked) == {f"word {i}" for i in range(12)}
+
+
+def test_the_key_is_nowhere_but_in_the_request(server, tmp_path, monkeypatch, capfd):
+    key_file = tmp_path / "secret" / "key"
+    key_file.parent.mkdir()
+    key_file.write_text(KEY + "\n")
+    server.key = KEY
+    out = tmp_path / "out"
+    keyed = endpoint(server, key_file=str(key_file))
+    ask(keyed, questions(3), out)
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    server.faults = {4: "401"}  # answers with the key in its message
+    with pytest.raises(UserError, match=r"Incorrect API key provided: \*\*\*") as told:
+        ask(keyed, questions(4), out)
+    assert KEY not in str(told.value)
+    assert KEY not in "".join(capfd.readouterr())
+    assert KEY not in json.dumps(keyed.public())
+    for path in out.rglob("*"):
+        assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+GOOD = """
+    endpoints:
+      - {name: judge, base_url: "https://api.example/v1/", model: m, price_in: 2.5, price_out: 10, cap: 5, key_env: K}
+      - {name: other, base_url: "http://127.0.0.1:1/v1", model: n, price_in: 0, price_out: 0, cap: 0}
+"""
+
+
+def test_a_file_of_endpoints(tmp_path, monkeypatch):
+    found = load_endpoints(write(tmp_path / "e.yaml", GOOD))
+    assert list(found) == ["judge", "other"]
+    assert found["judge"].base_url == "https://api.example/v1"
+    assert found["other"].key() is None
+    monkeypatch.delenv("K", raising=False)
+    with pytest.raises(UserError, match="K is not in the environment"):
+        found["judge"].key()
+    monkeypatch.setenv("K", " abc\n")
+    assert found["judge"].key() == "abc"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("key_env: K", "key: sk-secret-1"), "endpoints.0.key: Extra inputs are not permitted"),
+        (("api.example/v1/", "me:sk-secret-1@api.example/v1"), "must hold no key"),
+        (("v1/", "v1?key=sk-secret-1"), "must hold no key"),
+        (("cap: 5,", ""), "endpoints.0.cap: Field required"),
+        (("key_env: K", "key_env: K, key_file: /x"), "not both"),
+        (("name: judge", "name: base"), "choose another"),
+        (("name: judge", "name: other"), "the same name"),
+        (("endpoints:", "endpoints: ["), "line"),
+        (("https://", "ftp://"), "http"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_with_the_field_and_without_its_value(tmp_path, change, said):
+    with pytest.raises(UserError, match=said) as told:
+        load_endpoints(write(tmp_path / "e.yaml", GOOD.replace(*change)))
+    assert "sk-secret-1" not in str(told.value)

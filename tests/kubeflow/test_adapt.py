@@ -1,0 +1,116 @@
+"""A cluster's own values in the compiled pipelines, and the verbs of the chart's Jobs."""
+
+import pytest
+import yaml
+
+from feyntune.artifacts.store import open_store
+from feyntune.errors import UserError
+from feyntune.kubeflow import chart_jobs as cluster
+from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, read_settings
+
+SUITE = (COMPILED / "suite.yaml").read_text()
+
+
+def executors(text: str) -> tuple[dict, dict]:
+    spec, platform = yaml.safe_load_all(text)
+    return spec["deploymentSpec"]["executors"], platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+def test_no_settings_change_nothing():
+    assert list(yaml.safe_load_all(adapt(SUITE, Settings()))) == list(yaml.safe_load_all(SUITE))
+
+
+def test_every_image_moves_to_the_prefix_and_tag():
+    made, _ = executors(adapt(SUITE, Settings(images="registry.example:5000/team", tag="2")))
+    images = {e["container"]["image"] for e in made.values()}
+    assert images == {"registry.example:5000/team/worker:2", "registry.example:5000/team/trainer:2"}
+
+
+def test_pool_and_queue_reach_the_steps_with_gpus_and_no_others():
+    settings = Settings(nodeSelector={"pool": "a"}, tolerations=[{"key": "a", "operator": "Exists"}], queue="q")
+    made, steps = executors(adapt(SUITE, settings))
+    with_gpus = {n for n, e in made.items() if "accelerator" in e["container"]["resources"]}
+    assert with_gpus
+    assert with_gpus != made.keys()
+    for name in made:
+        step = steps[name]
+        assert (step.get("nodeSelector") == {"labels": {"pool": "a"}}) == (name in with_gpus)
+        assert (step.get("tolerations") == [{"key": "a", "operator": "Exists"}]) == (name in with_gpus)
+        queue = step.get("podMetadata", {}).get("labels", {}).get("kueue.x-k8s.io/queue-name")
+        assert (queue == "q") == (name in with_gpus)
+
+
+def test_defaults_variables_and_logins_are_those_of_the_settings():
+    settings = Settings(
+        defaults={"store": "s3://mine", "nobody": "x"}, env={"HOME": "/h", "A": "b"}, pullSecrets=["login"]
+    )
+    text = adapt(SUITE, settings)
+    spec = next(iter(yaml.safe_load_all(text)))
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    assert parameters["store"]["defaultValue"] == "s3://mine"
+    assert "nobody" not in parameters
+    made, steps = executors(text)
+    for name, executor in made.items():
+        env = [(e["name"], e["value"]) for e in executor["container"]["env"]]
+        assert ("HOME", "/h") in env
+        assert ("A", "b") in env
+        assert len(dict(env)) == len(env)
+        assert steps[name]["imagePullSecret"] == [{"secretName": "login"}]
+
+
+def test_a_training_asks_for_as_many_gpus_as_devices_and_no_other_step_does():
+    before, _ = executors(SUITE)
+    made, _ = executors(adapt(SUITE, Settings(defaults={"devices": 2})))
+    asked = {n: e["container"]["resources"].get("accelerator", {}).get("resourceCount") for n, e in made.items()}
+    assert {n for n, count in asked.items() if count == "2"} == {n for n in made if n.startswith("exec-train")}
+    assert {before[n]["container"]["resources"]["accelerator"]["count"] for n, c in asked.items() if c == "1"} == {"1"}
+
+
+def test_a_default_of_the_wrong_kind_is_refused():
+    with pytest.raises(UserError, match="Default of store is 3"):
+        adapt(SUITE, Settings(defaults={"store": 3}))
+
+
+@pytest.mark.parametrize(("text", "names"), [("imges: x", "imges"), ("queue: [1]", "queue"), ("{", "settings")])
+def test_a_settings_file_that_cannot_be_is_refused_by_name(tmp_path, text, names):
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(UserError, match=names):
+        read_settings(tmp_path / "settings.yaml")
+
+
+def test_the_store_check_writes_reads_compares_and_leaves_nothing(s3):
+    cluster.check_store(s3)
+    assert list(open_store(s3).names()) == []
+
+
+def test_the_store_check_sees_changed_bytes(s3, monkeypatch):
+    from feyntune.artifacts.store import S3Store
+
+    put = S3Store.put_file
+
+    def damaging(self, name, path):
+        put(self, name, path)
+        if name.endswith("small.txt"):
+            self.put(name, b"Feyntune")
+
+    monkeypatch.setattr(S3Store, "put_file", damaging)
+    with pytest.raises(UserError, match=r"small\.txt"):
+        cluster.check_store(s3)
+    assert list(open_store(s3).names()) == []
+
+
+def test_a_bucket_is_made_once(s3):
+    cluster.bucket("another-bucket")
+    cluster.bucket("another-bucket")
+    open_store("s3://another-bucket").put("x", b"1")
+
+
+def test_an_address_that_nobody_answers_is_said_in_one_sentence():
+    for check in (cluster.check_kubeflow, cluster.check_endpoint):
+        with pytest.raises(UserError, match="does not answer"):
+            check("http://127.0.0.1:9")
+
+
+def test_an_unknown_verb_shows_the_known_ones(capsys):
+    assert cluster.main(["fly", "x"]) == 2
+    assert "check-store" in capsys.readouterr().err

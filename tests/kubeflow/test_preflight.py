@@ -1,0 +1,28 @@
+"""What is refused before anything starts."""
+
+import pytest
+
+from feyntune.errors import UserError
+from feyntune.kubeflow.preflight import preflight
+
+
+@pytest.mark.parametrize(
+    ("given", "tested", "said"),
+    [
+        ({"days": {"until": "", "after": "2024-8-22"}}, {}, "after is '2024-8-22', not a day"),
+        ({"categories": ["hep-th", "cs"]}, {"categories": ["hep-ht"]}, r"hep-ht is not among .*categories: cs, hep-th"),
+        ({"categories": ["cs"]}, {}, "hep-th is not among"),  # what is tested where nothing is said
+        ({"categories": ["hep th"]}, {}, "'hep th' is not an archive"),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_in_seconds(tiny_base, tmp_path, given, tested, said):
+    place = str(tmp_path / "store")
+    with pytest.raises(UserError, match=said):
+        preflight("synthetic:60", ["hep-th/lora-all"], tiny_base, {"evaluate": tested}, 1, place, place, **given)
+
+
+def test_an_archive_may_be_tested_whose_categories_are_ingested(tiny_base, tmp_path):
+    place = str(tmp_path / "store")
+    tested = {"evaluate": {"categories": ["cs", "hep-th"]}}
+    args = ("synthetic:60", ["hep-th/lora-all"], tiny_base, tested, 1, place, place)
+    assert preflight(*args, categories=["cs.LG", "hep-th"]).variants == ["hep-th/lora-all"]

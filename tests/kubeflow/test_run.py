@@ -1,0 +1,115 @@
+"""The local run, whole: real steps as real processes, a branch that fails, a run that is killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from feyntune.errors import UserError
+from feyntune.ingestion.synthetic import synthetic_records
+from feyntune.kubeflow import local
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+FEW = {"papers": 4, "max_new_tokens": 16, "similarity": False}
+RECIPE = {
+    "train": {"precision": "fp32", "learning_rate": 3e-3, "epochs": 2},
+    "evaluate": {"precision": "fp32", "completions": FEW},
+}
+GOOD, BAD = "hep-th/lora-qkv", "hep-th+q-bio+cs/lora-all"
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Papers of the physics categories only: the mixture with q-bio and cs cannot be made of them."""
+    path = tmp_path_factory.mktemp("papers") / "papers.jsonl"
+    with path.open("wb") as f:
+        for record in synthetic_records(300, seed=7, categories=("hep-th", "hep-ph", "gr-qc")):
+            f.write(orjson.dumps(record) + b"\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(papers: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A workdir after one run with a branch that failed, and what the run said."""
+    workdir = tmp_path_factory.mktemp("runs")
+    with pytest.raises(local.RunFailed) as failed:
+        local.run(f"kaggle:{papers}", [GOOD, BAD], workdir, base=str(tiny_base), recipe=RECIPE)
+    assert failed.value.reported
+    return workdir, str(failed.value)
+
+
+def _summary(workdir: Path) -> dict[str, Any]:
+    return json.loads((workdir / "latest" / "summary.json").read_text())
+
+
+def test_one_branch_fails_and_the_others_are_reported_and_registered(finished: tuple[Path, str]) -> None:
+    workdir, said = finished
+    assert "1 of the run's branches failed" in said
+    assert BAD in said
+    summary = _summary(workdir)
+    assert [f["variant"] for f in summary["failures"]] == [BAD]
+    assert "q-bio" in summary["failures"][0]["error"] or "cs" in summary["failures"][0]["error"]
+    good = summary["variants"][GOOD]
+    assert good["delta"]["low"] <= good["delta"]["mean"] <= good["delta"]["high"]
+    assert good["train_tokens"] > 0
+    assert len(good["adapter_sha256"]) == 64
+    assert isinstance(good["promoted"], bool)
+    assert summary["base"]["perplexity"]["abstract_mean"] > 1
+    assert summary["base"]["perplexity"]["token"] > 1
+    assert summary["corpus"]["digest"]
+    assert summary["split"]["digest"]
+    assert (workdir / "latest" / "report.html").stat().st_size > 10_000
+
+
+def test_a_second_run_reuses_what_is_finished(finished: tuple[Path, str], papers: Path, tiny_base: Path) -> None:
+    workdir, _ = finished
+    first = _summary(workdir)
+    folder = local.run(f"kaggle:{papers}", [GOOD], workdir, base=str(tiny_base), recipe=RECIPE)
+    assert f"{GOOD}: finished earlier" in (folder / "run.log").read_text()
+    again = _summary(workdir)
+    assert again["variants"][GOOD]["adapter_sha256"] == first["variants"][GOOD]["adapter_sha256"]
+    assert again["variants"][GOOD]["delta"] == first["variants"][GOOD]["delta"]
+    assert again["failures"] == []
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_digests(
+    finished: tuple[Path, str], papers: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(1)
+    command = [sys.executable, "-m", "feyntune", "run", "--source", f"kaggle:{papers}", "--variants", GOOD]
+    command += ["--workdir", str(tmp_path), "--base", str(tiny_base), "--recipe", json.dumps(RECIPE), "--json"]
+    for _ in range(3):
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        time.sleep(chance.uniform(4, 40))
+        os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.wait()
+        time.sleep(2)  # the steps notice within a second that their run is gone
+    summary = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    expected = _summary(finished[0])
+    for key in ("corpus", "split"):
+        assert summary[key]["digest"] == expected[key]["digest"]
+    for key in ("adapter_sha256", "delta", "perplexity", "train_tokens"):
+        assert summary["variants"][GOOD][key] == expected["variants"][GOOD][key]
+
+
+def test_bad_input_is_refused_before_anything_starts(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean hep-th/lora-qkv"):
+        local.run("synthetic:300", ["hep-th/lora-qvk"], tmp_path, base=str(tiny_base))
+    with pytest.raises(local.RunFailed, match=r"there is no file .*nowhere\.jsonl") as failed:
+        local.run("kaggle:nowhere.jsonl", [GOOD], tmp_path, base=str(tiny_base))
+    assert not failed.value.reported
+    with pytest.raises(UserError, match=r"recipe.evaluate.completions is null.*write false"):
+        local.run("synthetic:300", [GOOD], tmp_path, base=str(tiny_base), recipe={"evaluate": {"completions": None}})
+    with pytest.raises(local.RunFailed, match="namespace: Field required"):
+        local.run("synthetic:300", [GOOD], tmp_path, base=str(tiny_base), serving={"image": "feyntune/predictor"})
+    with pytest.raises(local.RunFailed, match="epochz"):
+        local.run("synthetic:300", [GOOD], tmp_path, base=str(tiny_base), recipe={"train": {"epochz": 1}})

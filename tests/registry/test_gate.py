@@ -1,0 +1,148 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feyntune.errors import UserError
+from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, beats, judge, read_policy
+
+
+def measured(mean=-2.0, low=-3.0, high=-1.0, abstracts=100, token=-2.0, test="t", base="b", memorisation=None):
+    return Measured(
+        test=test,
+        base=base,
+        abstracts=abstracts,
+        base_perplexity=Perplexity(abstract_mean=40, token=38),
+        perplexity=Perplexity(abstract_mean=40 + mean, token=38 + token),
+        delta=Interval(mean=mean, low=low, high=high),
+        memorisation=memorisation,
+    )
+
+
+def test_an_interval_below_zero_passes():
+    assert judge(measured(), Policy()).passed
+    assert judge(measured(), Policy()).reasons == []
+
+
+@pytest.mark.parametrize("high", [0.0, 0.5])
+def test_an_interval_that_reaches_zero_is_refused_and_says_by_how_much(high):
+    verdict = judge(measured(high=high), Policy())
+    assert not verdict.passed
+    says = f"variant minus base is -2, 95 % interval [-3, {high:.4g}]"
+    assert verdict.reasons == [f"{says}: its upper end must lie below 0 and is {high:.4g} above"]
+
+
+@given(
+    st.floats(-100, 100),
+    st.floats(0, 50),
+    st.floats(0, 50),
+    st.integers(1, 10_000),
+    st.floats(0, 10),
+    st.sampled_from(["abstract_mean", "token"]),
+)
+def test_whatever_the_policy_no_variant_passes_whose_interval_does_not_lie_below_the_base(
+    mean, down, up, abstracts, margin, metric
+):
+    policy = Policy(metric=metric, margin_over_base=margin, minimum_abstracts=1)
+    found = judge(measured(mean, mean - down, mean + up, abstracts), policy)
+    assert found.passed == (mean + up < -margin)
+
+
+def test_a_margin_over_the_base_is_asked_of_the_upper_end():
+    assert judge(measured(high=-1.0), Policy(margin_over_base=0.9)).passed
+    refused = judge(measured(high=-1.0), Policy(margin_over_base=1.5))
+    assert "must lie below -1.5 and is 0.5 above" in refused.reasons[0]
+
+
+def test_too_few_abstracts_are_refused_and_counted():
+    assert judge(measured(abstracts=30), Policy()).passed
+    assert judge(measured(abstracts=29), Policy()).reasons == [
+        "measured on 29 abstracts, the policy asks for 30: 1 too few"
+    ]
+
+
+def test_every_failed_clause_is_named():
+    verdict = judge(measured(high=1, abstracts=3, memorisation=0.5), Policy(maximum_memorisation=0.1))
+    assert [c.clause for c in verdict.clauses if not c.passed] == [
+        "below_base",
+        "minimum_abstracts",
+        "maximum_memorisation",
+    ]
+
+
+@pytest.mark.parametrize(("found", "passes"), [(0.1, True), (0.11, False), (None, False)])
+def test_memorisation_is_held_against_its_maximum_and_must_have_been_measured(found, passes):
+    assert judge(measured(memorisation=found), Policy(maximum_memorisation=0.1)).passed is passes
+    assert judge(measured(memorisation=found), Policy()).passed
+
+
+def test_by_tokens_a_variant_must_gain_by_tokens_too():
+    assert judge(measured(token=0.5), Policy()).passed
+    verdict = judge(measured(token=0.5), Policy(metric="token"))
+    assert not verdict.passed
+    assert "its token perplexity is 0.5 above the base's" in verdict.reasons[0]
+
+
+def test_the_champion_is_replaced_by_a_better_one_only():
+    champion = measured(mean=-2)
+    assert beats(measured(mean=-2.5), champion, Policy()).passed
+    assert not beats(measured(mean=-2), champion, Policy()).passed
+    worse = beats(measured(mean=-1.5), champion, Policy())
+    assert not worse.passed
+    assert "0.5 above the champion's perplexity" in worse.says
+    assert not beats(measured(mean=-2.5), champion, Policy(margin_over_champion=0.5)).passed
+    assert beats(measured(mean=-2.5), None, Policy()).passed
+
+
+def test_the_metric_decides_what_better_is():
+    champion, other = measured(mean=-2, token=-1), measured(mean=-1.5, token=-3)
+    assert not beats(other, champion, Policy()).passed
+    assert beats(other, champion, Policy(metric="token")).passed
+
+
+@pytest.mark.parametrize("other", [{"test": "t2"}, {"base": "b2"}])
+def test_a_champion_measured_otherwise_is_replaced_or_kept_as_the_policy_says(other):
+    champion = measured(mean=-20)
+    assert beats(measured(**other), champion, Policy()).passed
+    kept = beats(measured(**other), champion, Policy(unlike_champion="keep"))
+    assert not kept.passed
+    assert "another" in kept.says
+
+
+def test_a_policy_file_is_read(tmp_path):
+    path = tmp_path / "gate.yaml"
+    path.write_text("metric: token\nminimum_abstracts: 500\n")
+    assert read_policy(path) == Policy(metric="token", minimum_abstracts=500)
+    path.write_text("# nothing set\n")
+    assert read_policy(path) == read_policy(None) == Policy()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("minimum_abstract: 3", "minimum_abstract: Extra inputs are not permitted"),
+        ("margin_over_base: -1", "margin_over_base: .*greater than or equal to 0"),
+        ("metric: accuracy", "metric: .*'abstract_mean' or 'token'"),
+        ("margin_over_base: .nan", "margin_over_base: "),
+        ("minimum_abstracts: 0", "minimum_abstracts"),
+        ("- a list", "the file: "),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_policy_names_its_clause(tmp_path, text, says):
+    path = tmp_path / "gate.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_policy(path)
+
+
+def test_a_policy_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"gate\.yaml cannot be read"):
+        read_policy(tmp_path / "gate.yaml")
+
+
+def test_the_readmes_policy_is_one(tmp_path):
+    from feyntune.registry import gate
+
+    example = gate.__doc__.split("# gate.yaml\n")[1].split("\n\n")[0]
+    (tmp_path / "gate.yaml").write_text("\n".join(line.strip() for line in example.splitlines()))
+    assert read_policy(tmp_path / "gate.yaml") == Policy(maximum_memorisation=0.01)

@@ -1,0 +1,239 @@
+"""What names mean, version after version, and the canary. A source in memory, an engine that only keeps count."""
+
+import asyncio
+import random
+
+import pytest
+
+from feyntune.artifacts.artifact import Manifest
+from feyntune.artifacts.store import StoreError
+from feyntune.engine.api import NoSlot
+from feyntune.registry.registry import Registry
+from feyntune.serving.canary import Canary
+from feyntune.serving.catalog import Catalog
+from feyntune.serving.source import Offer, Offered, RegistrySource
+from tests.registry.factories import make_adapter
+from tests.serving.factories import register_adapter
+
+BASE = "b" * 64
+
+
+def version(variant, number):
+    digest = str(number) * 64
+    return Offered(f"{variant}@{digest[:16]}", variant, digest)
+
+
+class Source:
+    """An offer that tests change, and versions it cannot fetch."""
+
+    def __init__(self):
+        self.names, self.aliases, self.staging, self.broken, self.away = {}, frozenset(), None, {}, None
+        self.fetched = []
+        self.bases = {}
+
+    def marker(self):
+        if self.away:
+            raise StoreError(self.away)
+        return repr((self.names, self.staging))
+
+    def offer(self):
+        return Offer(self.marker(), dict(self.names), self.aliases, self.staging)
+
+    def fetch(self, version, folder):
+        self.fetched.append(version.name)
+        if version.name in self.broken:
+            raise self.broken[version.name]
+        base = self.bases.get(version.name, BASE)
+        return Manifest(kind="adapter", digest=version.digest, files={}, inputs={"base": base})
+
+
+class Engine:
+    def __init__(self, slots=10):
+        self.loaded, self.slots = set(), slots
+
+    async def load_adapter(self, key, folder):
+        if len(self.loaded) >= self.slots:
+            raise NoSlot("all taken")
+        self.loaded.add(key)
+
+    def unload_adapter(self, key):
+        self.loaded.remove(key)
+
+
+@pytest.fixture
+def source():
+    return Source()
+
+
+def refreshed(catalog, times=1):
+    async def go():
+        for _ in range(times):
+            await catalog.refresh()
+
+    asyncio.run(go())
+    return catalog
+
+
+ONE, TWO, OTHER = version("hep-th/lora-all", 1), version("hep-th/lora-all", 2), version("a+b/lora-qkv", 3)
+
+
+def test_a_name_means_the_new_version_once_it_is_loaded_and_the_old_one_is_unloaded(source):
+    engine = Engine()
+    catalog = Catalog(source, engine, BASE)
+    source.names = {"hep-th.lora-all": ONE, "champion": ONE, "a_b.lora-qkv": OTHER}
+    source.aliases = frozenset({"champion"})
+    refreshed(catalog)
+    assert catalog.resolve("hep-th/lora-all").version == ONE
+    assert catalog.resolve("a+b/lora-qkv").label == "a_b.lora-qkv"
+    assert catalog.resolve(ONE.name).version == ONE
+    assert catalog.resolve("base").version is None
+    assert catalog.resolve("nobody") is None
+    source.names |= {"hep-th.lora-all": TWO, "champion": TWO}
+    refreshed(catalog)
+    assert catalog.resolve("champion").version == TWO
+    assert catalog.resolve(ONE.name) is None
+    assert engine.loaded == {TWO.digest, OTHER.digest}
+
+
+def test_a_version_that_cannot_be_served_leaves_the_old_one_and_is_not_fetched_again_at_once(source):
+    engine = Engine()
+    catalog = Catalog(source, engine, BASE)
+    source.names = {"champion": ONE}
+    refreshed(catalog)
+    source.names = {"champion": TWO}
+    source.bases[TWO.name] = "c" * 64
+    refreshed(catalog, times=3)
+    assert catalog.resolve("champion").version == ONE
+    assert "base" in catalog.refused[TWO.name]
+    assert source.fetched.count(TWO.name) == 1
+    assert engine.loaded == {ONE.digest}
+    source.names = {"champion": ONE}
+    refreshed(catalog)
+    assert catalog.refused == {}
+
+
+@pytest.mark.parametrize("trouble", [StoreError("the store does not answer"), OSError(28, "No space left on device")])
+def test_a_store_or_disk_that_hiccups_is_asked_again_at_the_next_look(source, trouble):
+    catalog = Catalog(source, Engine(), BASE)
+    source.names = {"champion": ONE}
+    source.broken[ONE.name] = trouble
+    refreshed(catalog)
+    assert catalog.resolve("champion") is None
+    source.broken.clear()
+    refreshed(catalog)
+    assert catalog.resolve("champion").version == ONE
+
+
+def test_a_registry_that_is_away_changes_nothing_and_says_so(source):
+    catalog = Catalog(source, Engine(), BASE)
+    source.names = {"champion": ONE}
+    refreshed(catalog)
+    source.away = "the store does not answer"
+    refreshed(catalog)
+    assert catalog.error == "the store does not answer"
+    assert catalog.resolve("champion").version == ONE
+    source.away = None
+    refreshed(catalog)
+    assert catalog.error is None
+
+
+def test_more_versions_than_slots_are_refused_and_served_when_there_is_room(source):
+    catalog = Catalog(source, Engine(slots=1), BASE)
+    source.names = {"a": ONE, "b": OTHER}
+    refreshed(catalog)
+    assert catalog.refused == {OTHER.name: "all taken"}
+    source.names = {"b": OTHER}
+    refreshed(catalog, times=2)
+    assert catalog.resolve("b").version == OTHER
+    assert catalog.refused == {}
+
+
+def test_a_second_family_is_served_where_both_do_not_fit_beside_each_other(source):
+    catalog = Catalog(source, Engine(slots=3), BASE)
+    source.names = {"a": version("a/lora-all", 1), "b": version("b/lora-all", 2)}
+    refreshed(catalog)
+    source.names = {"a": version("a/lora-all", 3), "b": version("b/lora-all", 4)}
+    refreshed(catalog)
+    assert catalog.refused == {}
+    assert catalog.names == source.names
+
+
+def test_a_version_without_a_place_is_not_fetched_at_every_look(source):
+    catalog = Catalog(source, Engine(slots=1), BASE)
+    source.names = {"a": ONE, "b": OTHER}
+    refreshed(catalog, times=5)
+    assert source.fetched.count(OTHER.name) == 1
+
+
+def canary_catalog(source, share=0.25):
+    catalog = Catalog(source, Engine(), BASE, Canary(share))
+    source.names, source.staging = {"champion": ONE, "hep-th.lora-all": ONE}, TWO
+    return refreshed(catalog)
+
+
+def test_a_version_rolled_back_is_no_canary(tmp_path):
+    registry = Registry.open(str(tmp_path / "registry"))
+    made = [make_adapter(tmp_path / str(n), "hep-th/lora-all", seed=n) for n in range(3)]
+    good, bad, new = [register_adapter(registry, "hep-th/lora-all", folder) for folder in made]
+    registry.promote(good.name)
+    registry.promote(bad.name)
+    registry.archive(new.name)
+    source = RegistrySource(registry.store.uri)
+    assert source.offer().staging is None
+    registry.rollback()
+    assert source.offer().staging is None
+    registry.restore(new.name)
+    assert source.offer().staging.name == new.name
+
+
+def test_the_canary_gets_its_share_of_the_champions_requests_only(source):
+    random.seed(1)
+    catalog = canary_catalog(source)
+    drawn = [catalog.resolve("champion") for _ in range(4000)]
+    share = sum(t.version == TWO for t in drawn) / 4000
+    assert share == pytest.approx(0.25, abs=0.03)
+    assert {t.arm for t in drawn} == {"champion", "canary"}
+    assert all(catalog.resolve("hep-th/lora-all").version == ONE for _ in range(100))
+
+
+def test_without_a_share_or_a_candidate_there_is_no_canary(source):
+    catalog = canary_catalog(source, share=0)
+    assert catalog.resolve("champion").arm is None
+    source.staging = None
+    assert canary_catalog(Source()).resolve("champion").version in (ONE, TWO)
+
+
+def test_a_failing_canary_loses_its_share_until_there_is_another(source):
+    catalog = canary_catalog(source, share=1.0)
+    assert catalog.resolve("champion").version == TWO
+    for _ in range(100):
+        catalog.canary.count("champion", ONE, failed=False)
+    for i in range(20):
+        catalog.canary.count("canary", TWO, failed=i % 2 == 0)
+    assert catalog.resolve("champion").version == ONE
+    refreshed(catalog)
+    source.names["x"] = OTHER
+    refreshed(catalog)
+    assert catalog.resolve("champion").version == ONE
+    source.staging = version("hep-th/lora-all", 9)
+    refreshed(catalog)
+    assert catalog.resolve("champion").version == source.staging
+
+
+def test_a_canary_that_fails_no_more_than_the_champion_stays(source):
+    catalog = canary_catalog(source, share=1.0)
+    for i in range(100):
+        catalog.canary.count("champion", ONE, failed=i % 10 == 0)
+        catalog.canary.count("canary", TWO, failed=i % 10 == 0)
+    assert catalog.resolve("champion").version == TWO
+
+
+def test_the_registry_counts_as_read_only_when_what_is_in_it_is_loaded(source):
+    """`read` makes an endpoint ready: before, a pod that replaces another would not know the champion yet."""
+    source.names = {"hep-th.lora-all": ONE, "champion": ONE}
+    catalog = Catalog(source, Engine(), BASE)
+    real, seen = source.fetch, []
+    source.fetch = lambda *arguments: seen.append(catalog.read) or real(*arguments)
+    refreshed(catalog)
+    assert seen == [0.0]
+    assert catalog.read > 0

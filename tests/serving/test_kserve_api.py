@@ -1,0 +1,147 @@
+"""V1 and V2 through KServe's own clients, REST and gRPC."""
+
+import asyncio
+
+import grpc
+import httpx
+import pytest
+from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest, RESTConfig
+
+from feyntune.model.load import prompt
+
+TEXTS = ["The soup needs", "größe: a loaf"]
+
+
+@pytest.fixture(scope="module")
+def written(alone, tokenizer):
+    def complete(variant, text, tokens):
+        return tokenizer.decode(alone(variant, prompt(tokenizer, text), tokens), skip_special_tokens=True)
+
+    return complete
+
+
+def request(model="champion", texts=TEXTS, **parameters):
+    tensor = InferInput("text", [len(texts)], "BYTES", data=list(texts))
+    return InferRequest(model_name=model, infer_inputs=[tensor], parameters=parameters)
+
+
+def rest(endpoint, protocol):
+    return InferenceRESTClient(RESTConfig(protocol=protocol, timeout=60))
+
+
+def test_v1_predicts(endpoint, written):
+    async def ask():
+        client = rest(endpoint, "v1")
+        data = {"instances": TEXTS, "parameters": {"max_tokens": 9}}
+        assert await client.is_server_live(endpoint.url)
+        assert await client.is_model_ready(endpoint.url, "champion")
+        return [await client.infer(endpoint.url, data, model_name=m) for m in ("champion", "hep-th.lora-qkv", "base")]
+
+    variants = ("hep-th/lora-all", "hep-th/lora-qkv", None)
+    for variant, answer in zip(variants, asyncio.run(ask()), strict=True):
+        assert answer == {"predictions": [written(variant, t, 9) for t in TEXTS]}
+
+
+def test_v2_infers_by_rest(endpoint, written):
+    async def ask():
+        client = rest(endpoint, "v2")
+        assert await client.is_server_ready(endpoint.url)
+        assert await client.is_model_ready(endpoint.url, "previous")
+        answers = [
+            await client.infer(endpoint.url, request(m, max_tokens=9), model_name=m) for m in ("previous", "base")
+        ]
+        binary = request(max_tokens=9, binary_data_output=True)
+        return [*answers, await client.infer(endpoint.url, binary, model_name="champion")]
+
+    for variant, answer in zip(("hep-th/lora-qkv", None, "hep-th/lora-all"), asyncio.run(ask()), strict=True):
+        texts, reasons = (answer.get_output_by_name(n).as_numpy().tolist() for n in ("text", "finish_reason"))
+        texts = [t.decode() if isinstance(t, bytes) else t for t in texts]
+        assert texts == [written(variant, t, 9) for t in TEXTS]
+        assert {r.decode() if isinstance(r, bytes) else r for r in reasons} <= {"length", "stop"}
+
+
+def test_v2_infers_by_grpc(endpoint, written):
+    async def ask():
+        client = InferenceGRPCClient(f"127.0.0.1:{endpoint.grpc_port}", timeout=60)
+        assert await client.is_server_live()
+        assert await client.is_server_ready()
+        assert await client.is_model_ready("champion")
+        out = await client.infer(request(max_tokens=9, temperature="0.0"))
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await client.infer(request("nobody"))
+        with pytest.raises(grpc.aio.AioRpcError) as long:
+            await client.infer(request(max_tokens=300))
+        return out, unknown.value.code(), long.value.code()
+
+    out, unknown, long = asyncio.run(ask())
+    assert [t.decode() for t in out.get_output_by_name("text").data] == [
+        written("hep-th/lora-all", t, 9) for t in TEXTS
+    ]
+    assert (unknown, long) == (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+def test_seeded_sampling_and_stop_strings(endpoint):
+    url = f"{endpoint.url}/v1/models/champion:predict"
+    ask = {"instances": ["The soup"], "parameters": {"max_tokens": 20, "temperature": 1.1, "seed": 3}}
+    first = httpx.post(url, json=ask).json()["predictions"][0]
+    assert httpx.post(url, json=ask).json()["predictions"][0] == first
+    ask["parameters"]["stop"] = first[4:7]
+    assert httpx.post(url, json=ask).json()["predictions"][0] == first[: first.index(first[4:7])]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[]",
+        "{",
+        "{}",
+        '{"instances": "text"}',
+        '{"instances": []}',
+        '{"instances": [1]}',
+        '{"instances": ["\\ud800"]}',
+        '{"instances": ["x"], "parameters": 5}',
+        '{"instances": ["x"], "parameters": {"max_tokens": 0}}',
+        '{"instances": ["x"], "parameters": {"max_tokens": 1000}}',
+        '{"instances": ["x"], "parameters": {"stop": [""]}}',
+        '{"instances": ["x"], "parameters": {"temperature": "warm"}}',
+        '{"instances": ["x"], "parameters": {"max_new_tokens": 20}}',
+    ],
+)
+def test_a_wrong_v1_body_is_a_400_with_one_sentence(endpoint, body):
+    for content_type in ("application/json", "text/plain"):
+        answer = httpx.post(
+            f"{endpoint.url}/v1/models/base:predict", content=body, headers={"content-type": content_type}
+        )
+        assert answer.status_code == 400, answer.text
+        assert isinstance(answer.json()["error"], str)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"name": "text", "shape": [1], "datatype": "FP32", "data": [1.0]},
+        {"name": "text", "shape": [3], "datatype": "BYTES", "data": ["x"]},
+        {"name": "text", "shape": [0], "datatype": "BYTES", "data": []},
+        {"name": "text", "shape": [1], "datatype": "BYTES"},
+        {"name": "text", "shape": [1], "datatype": "TEXT", "data": ["x"]},
+    ],
+)
+def test_a_wrong_v2_tensor_is_a_400(endpoint, tensor):
+    answer = httpx.post(f"{endpoint.url}/v2/models/base/infer", json={"inputs": [tensor]})
+    assert answer.status_code == 400, answer.text
+
+
+def test_clients_cannot_load_or_unload(endpoint):
+    for verb in ("load", "unload"):
+        answer = httpx.post(f"{endpoint.url}/v2/repository/models/champion/{verb}")
+        assert answer.status_code == 400
+        assert "registry" in answer.json()["error"]
+    assert httpx.get(f"{endpoint.url}/v2/models/champion/ready").status_code == 200
+
+
+def test_models_describe_themselves(endpoint):
+    names = httpx.get(f"{endpoint.url}/v1/models").json()["models"]
+    assert {"base", "champion", "previous", "hep-ph_gr-qc.lora-qkv"} <= set(names)
+    metadata = httpx.get(f"{endpoint.url}/v2/models/champion").json()
+    assert metadata["inputs"][0]["name"] == "text"
+    assert httpx.get(f"{endpoint.url}/v2/models/nobody").status_code == 404

@@ -1,0 +1,303 @@
+"""The endpoint through the stock OpenAI client, and what it says to what it cannot do."""
+
+import json
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from feyntune.model.load import prompt
+from feyntune.names import slug
+from tests.serving.conftest import gauge, serving, settles
+
+TEXTS = ["The soup needs", "A loaf has a good smell. Our oven", "größe 😀 the"]
+
+
+@pytest.fixture(scope="module")
+def client(endpoint):
+    return openai.OpenAI(base_url=f"{endpoint.url}/openai/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def written(alone, tokenizer):
+    """Greedy text of `variant` after `text`, by transformers and PEFT alone."""
+
+    def complete(variant, text, tokens):
+        ids = alone(variant, prompt(tokenizer, text), tokens)
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return complete
+
+
+def test_greedy_completions_equal_generate_under_every_name(client, written, registry):
+    names = {"base": None}
+    for version in registry.versions():
+        names |= {
+            version.variant: version.variant,
+            slug(version.variant): version.variant,
+            version.name: version.variant,
+        }
+    names |= {"champion": "hep-th/lora-all", "previous": "hep-th/lora-qkv", "champion:hep-th": "hep-th/lora-all"}
+    for name, variant in names.items():
+        for text in TEXTS[:2]:
+            out = client.completions.create(model=name, prompt=text, max_tokens=12, temperature=0)
+            assert out.choices[0].text == written(variant, text, 12), name
+
+
+def test_a_stream_is_the_same_text_token_by_token(client, written):
+    for name, variant in (("champion", "hep-th/lora-all"), ("base", None)):
+        for text in TEXTS:
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            chunks = list(client.completions.create(model=name, prompt=text, max_tokens=20, temperature=0, **options))
+            pieces = [c.choices[0].text for c in chunks if c.choices]
+            assert "".join(pieces) == written(variant, text, 20)
+            assert sum(bool(p) for p in pieces) > 5
+            assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("length", "stop")
+            assert chunks[-1].usage.completion_tokens <= 20
+
+
+def test_the_first_token_of_a_stream_comes_long_before_the_last(client):
+    stream = client.completions.create(
+        model="champion", prompt="the", max_tokens=200, stream=True, temperature=0, extra_body={"ignore_eos": True}
+    )
+    started = time.monotonic()
+    times = [time.monotonic() - started for _ in stream]
+    assert times[0] < times[-1] / 2
+
+
+def test_scores_asked_for_at_once_are_those_of_each_adapter_alone(client):
+    def score(model):
+        out = client.completions.create(model=model, prompt=TEXTS[1] * 8, max_tokens=0, echo=True, logprobs=0)
+        return model, tuple(out.choices[0].logprobs.token_logprobs)
+
+    names = ("base", "champion", "previous")
+    alone = {score(name) for name in names}
+    assert len({logprobs for _, logprobs in alone}) == 3
+    with ThreadPoolExecutor(9) as pool:
+        assert set(pool.map(score, names * 6)) == alone
+
+
+def test_choices_of_one_request_are_in_order_and_seeded_apart(client):
+    ask = {"model": "champion", "max_tokens": 15, "temperature": 1.2, "seed": 5, "extra_body": {"ignore_eos": True}}
+    one = client.completions.create(prompt="The soup", n=3, **ask)
+    again = client.completions.create(prompt="The soup", n=3, **ask)
+    texts = [c.text for c in one.choices]
+    assert [c.index for c in one.choices] == [0, 1, 2]
+    assert texts == [c.text for c in again.choices]
+    assert len(set(texts)) == 3
+    assert one.usage.completion_tokens == 45
+    chunks = client.completions.create(prompt="The soup", n=3, stream=True, **ask)
+    streamed = ["", "", ""]
+    for chunk in chunks:
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == texts
+
+
+def test_several_prompts_as_text_or_tokens(client, written, tokenizer):
+    expected = [written("hep-th/lora-all", t, 8) for t in TEXTS]
+    ask = {"model": "champion", "max_tokens": 8, "temperature": 0}
+    ids = [prompt(tokenizer, t) for t in TEXTS]
+    assert [c.text for c in client.completions.create(prompt=TEXTS, **ask).choices] == expected
+    assert [c.text for c in client.completions.create(prompt=ids, **ask).choices] == expected
+    assert client.completions.create(prompt=ids[1], **ask).choices[0].text == expected[1]
+
+
+def test_a_stop_string_ends_the_text_before_it(client, written):
+    whole = written("hep-th/lora-all", TEXTS[1], 30)
+    stop = whole[10:14]
+    for stream in (False, True):
+        out = client.completions.create(
+            model="champion",
+            prompt=TEXTS[1],
+            max_tokens=30,
+            temperature=0,
+            stop=[stop, "§§"],
+            logprobs=0,
+            stream=stream,
+        )
+        choices = [c.choices[0] for c in out] if stream else [out.choices[0]]
+        assert "".join(c.text for c in choices) == whole[: whole.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+        offsets = [o for c in choices for o in c.logprobs.text_offset]
+        assert max(offsets) < whole.index(stop)
+
+
+def test_echo_and_log_probabilities(client, tokenizer, written):
+    text = TEXTS[0]
+    ask = {"model": "champion", "prompt": text, "temperature": 0, "logprobs": 3, "echo": True}
+    with_completion = client.completions.create(max_tokens=6, **ask).choices[0]
+    completion = written("hep-th/lora-all", text, 6)
+    assert with_completion.text == text + completion
+    lp = with_completion.logprobs
+    ids = prompt(tokenizer, text)
+    assert len(lp.tokens) == len(ids) + 6
+    assert lp.token_logprobs[0] is None
+    assert all(p < 0 for p in lp.token_logprobs[1:])
+    for token, p, top, at in zip(
+        lp.tokens[1:], lp.token_logprobs[1:], lp.top_logprobs[1:], lp.text_offset[1:], strict=True
+    ):
+        assert top[token] == p
+        assert 3 <= len(top) <= 4
+        assert with_completion.text[at:].startswith(token)
+    only = client.completions.create(max_tokens=0, **ask).choices[0]
+    assert only.text == text
+    assert only.finish_reason == "length"
+    assert only.logprobs.token_logprobs[1:] == pytest.approx(lp.token_logprobs[1 : len(ids)], abs=1e-4)
+    streamed = list(client.completions.create(max_tokens=6, stream=True, **ask))
+    assert "".join(c.choices[0].text for c in streamed) == text + completion
+    assert [p for c in streamed for p in c.choices[0].logprobs.token_logprobs] == pytest.approx(
+        lp.token_logprobs, abs=1e-4
+    )
+
+
+def test_models_are_listed_with_their_lineage(client, registry):
+    models = {m.id: m for m in client.models.list()}
+    slugs = {slug(v.variant) for v in registry.versions()}
+    assert slugs | {"base", "champion", "previous"} <= models.keys()
+    champion = models["champion"]
+    assert champion.root == registry.resolve("champion").name
+    assert champion.parent == "base"
+    assert champion.lineage["split"] == "1" * 64
+    assert "champion" in models["hep-th.lora-all"].aliases
+    assert client.models.retrieve("hep-th/lora-qkv").digest == registry.resolve("hep-th/lora-qkv").digest
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("hep-th/none")
+
+
+def test_an_unknown_model_is_named_with_those_there_are(client):
+    with pytest.raises(openai.NotFoundError, match=r"gpt-4.*hep-th\.lora-all") as e:
+        client.completions.create(model="gpt-4", prompt="x")
+    assert e.value.code == "model_not_found"
+    assert e.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [2**61]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 255}, "prompt"),
+        ({"prompt": "x " * 400}, "prompt"),
+        ({"prompt": "x", "n": 65}, "n"),
+        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "temperature": -1}, "temperature"),
+        ({"prompt": "x", "top_p": 0}, "top_p"),
+        ({"prompt": "x", "stop": [""]}, "stop"),
+        ({"prompt": "x", "stop": list("abcde")}, "stop"),
+        ({"prompt": "x", "presence_penalty": 1}, "presence_penalty"),
+        ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "x", "frobnicate": True}, "frobnicate"),
+    ],
+)
+def test_what_it_cannot_honour_is_refused_by_field_in_openais_shape(endpoint, body, param):
+    answer = httpx.post(
+        f"{endpoint.url}/openai/v1/completions",
+        content=json.dumps({"model": "base", **body}),
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].split(".")[0] == param
+    assert error["message"]
+
+
+def test_a_body_that_is_no_json_or_too_large_is_refused(endpoint):
+    url = f"{endpoint.url}/openai/v1/completions"
+    broken = httpx.post(url, content=b"{", headers={"content-type": "application/json"})
+    assert broken.status_code == 400
+    assert broken.json()["error"]["code"] == "invalid_request"
+    large = httpx.post(url, json={"model": "base", "prompt": "x" * 100_000})
+    assert large.status_code == 413
+    assert large.json()["error"]["code"] == "body_too_large"
+
+
+def test_chat_with_a_template_streams_one_message(tiny_base, tmp_path):
+    base = tmp_path / "chatty"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("manifest.json"))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked = {"model": "base", "messages": [{"role": "user", "content": "The soup"}], "temperature": 0}
+    with serving(tmp_path / "registry", base) as running:
+        chatting = openai.OpenAI(base_url=f"{running.url}/openai/v1", api_key="none", max_retries=0, timeout=60)
+        whole = chatting.chat.completions.create(**asked).choices[0]
+        with chatting.chat.completions.stream(**asked) as stream:
+            for _ in stream:
+                pass
+            streamed = stream.current_completion_snapshot.choices[0]
+    assert streamed.message.role == whole.message.role == "assistant"
+    assert streamed.message.content == whole.message.content
+    assert streamed.message.content
+
+
+def test_chat_is_refused_without_a_template(client):
+    with pytest.raises(openai.BadRequestError, match="without a chat template") as e:
+        client.chat.completions.create(model="base", messages=[{"role": "user", "content": "hello"}])
+    assert e.value.code == "no_chat_template"
+
+
+def test_a_client_that_goes_away_frees_its_place(endpoint):
+    def running():
+        return gauge(endpoint, "feyntune_running_requests")
+
+    url = f"{endpoint.url}/openai/v1/completions"
+    body = {"model": "champion", "prompt": "the", "max_tokens": 240, "ignore_eos": True, "n": 8}
+    with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
+        lines = answer.iter_lines()  # kept: dropping it closes the connection
+        next(lines)
+        assert running() == 8
+    assert settles(lambda: running() == 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body, timeout=0.25)
+    assert settles(lambda: running() == 0)
+    counted = httpx.get(f"{endpoint.url}/metrics").text
+    assert 'feyntune_requests_total{adapter="hep-th.lora-all",outcome="cancelled",protocol="openai"} 2.0' in counted
+
+
+def test_many_at_once_under_different_names_all_get_their_own(client, written):
+    asked = [(name, text) for name in ("base", "champion", "previous", "hep-ph+gr-qc/lora-qkv") for text in TEXTS] * 3
+    variants = {"base": None, "champion": "hep-th/lora-all", "previous": "hep-th/lora-qkv"}
+    got: dict = {}
+
+    def ask(i, name, text):
+        got[i] = client.completions.create(model=name, prompt=text, max_tokens=16, temperature=0).choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(i, *a)) for i, a in enumerate(asked)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, (name, text) in enumerate(asked):
+        assert got[i] == written(variants.get(name, name), text, 16)
+
+
+def test_metrics_count_by_adapter(endpoint, client):
+    client.completions.create(model="champion", prompt="The soup", max_tokens=5, temperature=0)
+    text = httpx.get(f"{endpoint.url}/metrics").text
+    for metric in (
+        'feyntune_requests_total{adapter="hep-th.lora-all",outcome="ok",protocol="openai"}',
+        'feyntune_time_to_first_token_seconds_count{adapter="hep-th.lora-all"}',
+        'feyntune_time_per_token_seconds_count{adapter="hep-th.lora-all"}',
+        'feyntune_tokens_total{adapter="hep-th.lora-all",kind="completion"}',
+        "feyntune_batch_requests_count",
+        "feyntune_waiting_requests",
+        'feyntune_adapter_loads_total{adapter="hep-th.lora-all",outcome="loaded"}',
+        'feyntune_adapter_served{name="champion",',
+    ):
+        assert metric in text
+    assert "gpt-4" not in text

@@ -1,0 +1,68 @@
+"""Training processes by fork: the test's process has imported everything, so one starts in milliseconds."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from feyntune.errors import EXIT_INTERRUPTED, Interrupted
+
+
+def fork_training(job: dict[str, Any], ranks: int = 1, errors: Path | None = None) -> list[int]:
+    """Start `train(**job)` in `ranks` forked processes; returns their ids. Exit codes as the launcher's."""
+    from feyntune.training import train as recipe
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                recipe.train(**job)
+                code = 0
+            except Interrupted:
+                code = EXIT_INTERRUPTED
+            except BaseException:
+                if errors is not None:
+                    errors.write_text(traceback.format_exc())
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        pids.append(pid)
+    return pids
+
+
+def wait_for(pids: list[int]) -> list[int]:
+    """Exit codes, negative for a signal."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def run_training(job: dict[str, Any], ranks: int = 1) -> None:
+    assert wait_for(fork_training(job, ranks)) == [0] * ranks
+
+
+def is_running(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def curve(out: str | Path) -> dict[str, Any]:
+    return json.loads((Path(out) / "curve.json").read_text())
