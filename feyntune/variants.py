@@ -57,5 +57,5 @@ def select_variants(wanted: list[str]) -> list[str]:
             raise UserError(f"There is no variant {name!r}: {hint}")
         found.append(full)
     if not found:
-        raise UserError("No variant is select_variants: name at least one, such as hep-th/lora-all.")
+        raise UserError("No variant is chosen: name at least one, such as hep-th/lora-all.")
     return [name for name in known if name in found]

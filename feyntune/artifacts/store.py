@@ -233,9 +233,7 @@ def push(store: Store, folder: str | Path, name: str) -> Manifest:
     there = stored_manifest(store, name)
     if there is not None:
         if there.digest != manifest.digest:
-            raise ArtifactError(
-                f"{store.uri}/{name} already holds another {there.kind}: sealed folders are not replaced."
-            )
+            raise ArtifactError(f"{store.uri}/{name} already holds another {there.kind}: artifacts are never replaced.")
         return there
     for file in manifest.files:
         store.put_file(f"{name}/{file}", folder / file)
@@ -261,9 +259,7 @@ def pull(store: Store, name: str, folder: str | Path, kind: str | None = None) -
     folder = Path(folder)
     manifest = stored_manifest(store, name)
     if manifest is None:
-        raise ArtifactError(
-            f"{store.uri}/{name} is not a sealed folder: its step did not finish, or the name is wrong."
-        )
+        raise ArtifactError(f"{store.uri}/{name} is not an artifact: its step did not finish, or the name is wrong.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

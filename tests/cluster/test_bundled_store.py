@@ -18,9 +18,8 @@ from kubernetes import client
 
 from feyntune.artifacts.artifact import write_artifact
 from feyntune.artifacts.store import Store, open_store, pull, push
-from tests.cluster import cluster_helpers
 from tests.cluster.charts import CHART
-from tests.cluster.cluster_helpers import forwarded, kubectl
+from tests.cluster.cluster_helpers import forwarded, helm, kubectl, namespace
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 NAMESPACE = "feyntune-store-test"
@@ -38,7 +37,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with cluster_helpers.namespace(NAMESPACE):
+    with namespace(NAMESPACE):
         yield
 
 
@@ -59,7 +58,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_store_starts_on_an_empty_volume_and_makes_its_bucket(cluster, values):
-    cluster_helpers.helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
+    helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
     _open_the_volume()
     _ready()
     job = kubectl("-n", NAMESPACE, "get", "job", "-o", "name").strip()
@@ -67,7 +66,7 @@ def test_the_store_starts_on_an_empty_volume_and_makes_its_bucket(cluster, value
 
 
 def test_helm_test_passes_on_it(cluster):
-    assert "Phase:          Succeeded" in cluster_helpers.helm(NAMESPACE, "test", "feyntune", "--timeout", "4m")
+    assert "Phase:          Succeeded" in helm(NAMESPACE, "test", "feyntune", "--timeout", "4m")
 
 
 def test_other_keys_than_the_drawn_ones_are_refused(cluster, monkeypatch):
@@ -90,25 +89,23 @@ def test_what_was_written_outlives_a_killed_pod(cluster, sealed, tmp_path):
 def test_it_outlives_an_upgrade_and_a_rollback(cluster, values, tmp_path):
     before = _pod()
     change = "objectStore.resources.limits.memory=3Gi"
-    cluster_helpers.helm(
-        NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", change, "--timeout", "5m"
-    )
+    helm(NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", change, "--timeout", "5m")
     _ready()
     assert _pod() != before
     _is_there(tmp_path / "upgraded")
-    cluster_helpers.helm(NAMESPACE, "rollback", "feyntune", "1", "--timeout", "5m")
+    helm(NAMESPACE, "rollback", "feyntune", "1", "--timeout", "5m")
     _ready()
     _is_there(tmp_path / "rolled-back")
 
 
 def test_it_outlives_an_uninstall_and_the_next_release_takes_it_over_with_its_keys(cluster, values, tmp_path):
     keys = _secret()
-    cluster_helpers.helm(NAMESPACE, "uninstall", "feyntune")
+    helm(NAMESPACE, "uninstall", "feyntune")
     left = kubectl("-n", NAMESPACE, "get", "deployments,statefulsets,services,pvc,secrets", "-o", "name").split()
     assert "persistentvolumeclaim/feyntune-store" in left
     assert "secret/feyntune-s3" in left
     assert not [name for name in left if name.startswith(("deployment", "statefulset", "service/"))]
-    cluster_helpers.helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
+    helm(NAMESPACE, "install", "feyntune", str(CHART), "-f", str(values))
     _ready()
     assert _secret() == keys
     _is_there(tmp_path)
@@ -116,10 +113,8 @@ def test_it_outlives_an_uninstall_and_the_next_release_takes_it_over_with_its_ke
 
 def test_an_uninstall_that_was_told_so_gives_the_volume_up(cluster, values):
     no = "objectStore.persistence.keep=false"
-    cluster_helpers.helm(
-        NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", no, "--timeout", "5m"
-    )
-    cluster_helpers.helm(NAMESPACE, "uninstall", "feyntune")
+    helm(NAMESPACE, "upgrade", "feyntune", str(CHART), "-f", str(values), "--set", no, "--timeout", "5m")
+    helm(NAMESPACE, "uninstall", "feyntune")
     kubectl("-n", NAMESPACE, "wait", "--for=delete", "pvc/feyntune-store", "--timeout=2m")
 
 
