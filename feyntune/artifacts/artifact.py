@@ -183,7 +183,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest alone, without looking at the files."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ArtifactError(f"{folder} is not a sealed folder (no {MANIFEST}): its step did not finish, run it again.")
+        raise ArtifactError(f"{folder} is not an artifact (no {MANIFEST}): its step did not finish, run it again.")
     return parse_manifest(path.read_bytes(), str(path))
 
 

@@ -90,7 +90,7 @@ def test_pushing_again_changes_nothing_and_another_folder_is_refused(store, tmp_
 def test_a_push_that_died_before_its_manifest_does_not_exist_and_is_completed(store, tmp_path):
     folder = sealed(tmp_path / "f")
     store.put("t/sub/a.bin", b"on")  # half of it
-    with pytest.raises(ArtifactError, match="not a sealed folder"):
+    with pytest.raises(ArtifactError, match="not an artifact"):
         pull(store, "t", tmp_path / "g")
     push(store, folder, "t")
     pull(store, "t", tmp_path / "g")

@@ -19,7 +19,7 @@ from kubernetes import client
 from feyntune.artifacts.artifact import write_artifact
 from feyntune.artifacts.store import Store, open_store, pull, push
 from tests.cluster.charts import CHART
-from tests.cluster.cluster_helpers import forwarded, helm, kubectl, namespace
+from tests.cluster.cluster_helpers import forwarded, helm, kubectl, namespace, state
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 NAMESPACE = "feyntune-store-test"
@@ -50,7 +50,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sealed folder to be found again, byte by byte."""
+    """A artifact to be found again, byte by byte."""
     folder = tmp_path_factory.mktemp("sealed") / "out"
     with write_artifact(folder, kind="check") as made:
         (made.path / "bytes").write_bytes(secrets.token_bytes(7 << 20))
@@ -166,6 +166,6 @@ def _open_the_volume() -> None:
     kubectl("apply", "-f", "-", stdin=json.dumps(pod))
     until = time.monotonic() + 120
     while client.CoreV1Api().read_namespaced_pod("open", NAMESPACE).status.phase != "Succeeded":
-        assert time.monotonic() < until, cluster_helpers.state(NAMESPACE)
+        assert time.monotonic() < until, state(NAMESPACE)
         time.sleep(0.5)
     kubectl("-n", NAMESPACE, "delete", "pod", "open")

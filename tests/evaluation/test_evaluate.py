@@ -175,7 +175,7 @@ def test_nothing_to_score_is_refused(tmp_path, tiny_base, tiny_split):
 
 
 def reseal(folder, out, **changes):
-    """A copy of a sealed folder with another manifest."""
+    """A copy of a artifact with another manifest."""
     from feyntune.artifacts.artifact import MANIFEST, write_manifest
 
     manifest = read_manifest(folder)

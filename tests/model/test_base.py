@@ -57,7 +57,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
 
 
 def test_an_s3_base_that_is_not_sealed_says_how_to_put_it_there(s3):
-    with pytest.raises(UserError, match="is not a sealed folder"):
+    with pytest.raises(UserError, match="is not an artifact"):
         pin_base(f"{s3}/models/none")
 
 
