@@ -1,27 +1,36 @@
-# make run    make the environment, a tiny base model, and run the whole compiled pipeline on this machine
-# make test   make the environment, check the code and run every test that needs no cluster
-# make test-cluster   the chart, the images and a run on the cluster of KUBECONFIG
-# make test-rig RIG=  the same on a cluster made for it on this machine, by the commands in that folder
-# make workbench   build the page that the endpoint shows browsers (`make run` and `make test` do it too)
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# make run           environment, then the whole compiled pipeline on this machine, on a tiny model
+# make check         environment, linters and unit tests: under a minute once the environment is there
+# make test          environment, linters and every test that needs no cluster (about 15 minutes on two cores)
+# make test-cluster  the chart, the images and a run on the cluster of KUBECONFIG
+# make test-kind     the same on a kind cluster, with Kubeflow Pipelines and KServe installed from manifests/prerequisites
+# make test-rig RIG= the same on a cluster made for it on this machine, by the commands in that folder
+# make test-newest   `make test` with the newest transformers, peft, kfp and kserve
+# make compile       compile the pipelines to pipelines/compiled
+# make reference     write docs/reference and the chart's table of values
+# make docs wheel images lock format clean
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
 BIN := .venv/bin
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+DOCKER ?= docker
+PREFIX ?= feyntune
 # A run is a dozen short processes: without bytecode each would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
-# A file of tests to each core, up to four: a process of them takes 2 GB.
+# One test file per core, up to four: each process takes 2 GB.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-fast test-cluster test-rig lint format env workbench lock compile reference docs clean
+.PHONY: run check test test-cluster test-kind test-rig test-newest lint format env workbench lock compile reference \
+  docs wheel images push-images push-chart release-check clean
 
 run: env
-	@$(MAKE) -s workbench || echo "the workbench page is not built (is an npm registry reached?); all else goes on without it"
+	@$(MAKE) -s workbench || echo "the workbench page could not be built (is an npm registry reachable?); continuing without it"
 	@$(BIN)/feyntune run
+
+check: env lint
+	$(PYTEST) -n auto --maxprocesses 4 -m unit
 
 test: env lint workbench
 	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu"
-
-test-fast: env lint workbench
-	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not slow"
 
 test-cluster: env
 	@test -n "$$KUBECONFIG" || { echo "KUBECONFIG is not set: name the cluster to test on"; exit 1; }
@@ -30,6 +39,13 @@ test-cluster: env
 test-rig: env
 	@test -n "$(RIG)" || { echo "RIG is not set: name the folder with the commands tools, images, cluster and s3"; exit 1; }
 	tests/cluster/rig.sh "$(RIG)"
+
+test-kind: env images
+	tests/cluster/kind.sh "$(KIND_CLUSTER)" "$(PREFIX)" "$(VERSION)"
+
+test-newest: env workbench
+	$(BIN)/uv pip install -q --upgrade transformers peft kfp kfp-kubernetes kserve
+	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu"
 
 lint: env
 	$(BIN)/ruff check .
@@ -50,19 +66,28 @@ reference: env
 docs: env
 	$(BIN)/mkdocs build --strict
 
+# The wheel holds the workbench page and the compiled pipelines.
+wheel: env workbench
+	$(BIN)/uv build -q --wheel --out-dir build/dist
+
 env: .venv/.ready
 
-# torch comes first and alone, by pip: what else is installed then keeps the build that is there. Where pip would
-# fetch the CUDA build and a CPU build is wanted: `UV_TORCH_BACKEND=cpu make env`.
+# torch comes first and alone, by pip: what is installed after it keeps that build. Where pip would fetch the CUDA build
+# and you want the CPU build: `UV_TORCH_BACKEND=cpu make env`. uv gets pip's package index (pip.conf, PIP_INDEX_URL)
+# unless UV_DEFAULT_INDEX names another.
 .venv/.ready: requirements/dev.txt requirements/torch.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: apt-get install python3.11 python3.11-venv"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  f"Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is {sys.version.split()[0]}: name another with make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "python venv failed: apt-get install python3-venv"; exit 1; }
-	@echo "installing the environment into .venv (2 GB, a minute or two)"
+	@echo "installing the environment into .venv (3 GB, a minute or two)"
 	@$(BIN)/pip install -q --disable-pip-version-check uv
-	@if [ -n "$$UV_TORCH_BACKEND" ]; then $(BIN)/uv pip install -q -r requirements/torch.txt; \
-	 else $(BIN)/pip install -q --disable-pip-version-check -r requirements/torch.txt; fi
-	@$(BIN)/uv pip install -q --no-deps --require-hashes -r requirements/dev.txt
-	@$(BIN)/uv pip install -q --no-deps -e .
+	@index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}}; \
+	 if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+	 if [ -n "$$UV_TORCH_BACKEND" ]; then $(BIN)/uv pip install -q -r requirements/torch.txt; \
+	 else $(BIN)/pip install -q --disable-pip-version-check -r requirements/torch.txt; fi && \
+	 $(BIN)/uv pip install -q --no-deps --require-hashes -r requirements/dev.txt && \
+	 $(BIN)/uv pip install -q --no-deps -e .
 	@touch $@
 
 # The endpoint's page, feyntune/serving/page, by the node and npm that the environment holds.
@@ -72,6 +97,24 @@ workbench: env feyntune/serving/page/index.html
 feyntune/serving/page/index.html: $(wildcard $(WORKBENCH)/*.json $(WORKBENCH)/*.ts $(WORKBENCH)/*.html $(WORKBENCH)/src/*)
 	@echo "building the workbench page"
 	@cd $(WORKBENCH) && export PATH="$(CURDIR)/$(BIN):$$PATH" && npm ci --silent --ignore-scripts && npm run --silent build -- --logLevel warn
+
+images:
+	for image in worker trainer predictor; do \
+	  $(DOCKER) build -f images/$$image/Dockerfile -t $(PREFIX)/$$image:$(VERSION) --build-arg VERSION=$(VERSION) . || exit 1; \
+	done
+
+push-images:
+	for image in worker trainer predictor; do $(DOCKER) push $(PREFIX)/$$image:$(VERSION) || exit 1; done
+
+push-chart:
+	helm package charts/feyntune -d build/chart
+	helm push build/chart/feyntune-$(VERSION).tgz oci://$(PREFIX)
+
+# The tag, the package, the chart and the changelog agree on the version.
+release-check:
+	@test "$(TAG)" = "v$(VERSION)" || { echo "tag $(TAG) is not v$(VERSION), the version in pyproject.toml"; exit 1; }
+	@grep -qx "version: $(VERSION)" charts/feyntune/Chart.yaml || { echo "charts/feyntune/Chart.yaml has another version"; exit 1; }
+	@grep -q "^## $(VERSION) – 2" CHANGELOG.md || { echo "CHANGELOG.md has no dated section for $(VERSION)"; exit 1; }
 
 # Hashes, but no download addresses: anybody's package index serves.
 lock:

@@ -185,3 +185,18 @@ def store(store_uri):
     from feyntune.artifacts.store import open_store
 
     return open_store(store_uri)
+
+
+@pytest.fixture(autouse=True)
+def _unit_tests_stay_alone(request, monkeypatch):
+    """A test marked `unit` starts no process and listens on no port, so that `make check` stays under a minute."""
+    if request.node.get_closest_marker("unit") is None:
+        return
+    import socket
+    import subprocess
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a test marked `unit` starts a process or a server: take the mark away")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(socket.socket, "listen", refuse)

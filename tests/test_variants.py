@@ -28,5 +28,5 @@ def test_chosen_understands_the_papers_names_and_keeps_the_files_order() -> None
 def test_a_misspelt_variant_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(UserError, match="did you mean hep-th/lora-all"):
         select_variants(["hepth/lora-all"])
-    with pytest.raises(UserError, match="No variant is select_variants"):
+    with pytest.raises(UserError, match="No variant is chosen"):
         select_variants([])

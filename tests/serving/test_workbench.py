@@ -495,7 +495,7 @@ def test_the_wheel_holds_the_page_and_nothing_of_its_workshop(tmp_path):
     from zipfile import ZipFile
 
     names = ZipFile(next(tmp_path.glob("*.whl"))).namelist() if done.returncode == 0 else done.stderr
-    held = {n.removeprefix("feyntune/serving/page/") for n in names if n.startswith("components/serve/page/")}
+    held = {n.removeprefix("feyntune/serving/page/") for n in names if n.startswith("feyntune/serving/page/")}
     built = {str(p.relative_to(workbench.PAGE)) for p in workbench.PAGE.rglob("*") if p.is_file()}
     assert held == built
     assert not [n for n in names if n.startswith("feyntune/serving/workbench/")]
