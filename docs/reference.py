@@ -8,8 +8,6 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python docs/reference.py` reads this tree
 MADE = "<!-- Made by docs/reference.py; edit the code it reads. -->\n\n"
@@ -51,11 +49,12 @@ def settings() -> str:
 
 
 def variants() -> str:
-    mixtures = yaml.safe_load((ROOT / "feyntune/splitting/mixtures.yaml").read_text())["mixtures"]
-    methods = yaml.safe_load((ROOT / "feyntune/variants.yaml").read_text())["methods"]
-    rows = [[f"`{m['name']}`", m.get("paper", ""), m.get("numbering", ""), m["rule"], m["source"]] for m in mixtures]
+    from feyntune.variants import load_variants
+
+    catalog = load_variants()
+    rows = [[f"`{m.name}`", m.paper or "", m.numbering or "", m.rule, m.source] for m in catalog.mixtures]
     text = "# Variants\n\nA variant is `MIXTURE/METHOD`: ten mixtures, two methods.\n\n"
-    text += _rows(["method", "what"], [[f"`{name}`", what] for name, what in methods.items()])
+    text += _rows(["method", "what"], [[f"`{name}`", method.description] for name, method in catalog.methods.items()])
     return text + "\n" + _rows(["mixture", "paper's name", "numbering", "rule", "source"], rows)
 
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feyntune.names import METHODS, slug, variant_name
+from feyntune.names import slug
+from feyntune.variants import METHODS, variant_name
 
 MIXTURES = st.lists(st.sampled_from(["hep-th", "hep-ph", "gr-qc", "q-bio", "cs"]), min_size=1, max_size=3).map("+".join)
 

@@ -1,103 +1,12 @@
-"""Which papers a training mixture takes: the rules of mixtures.yaml, all drawn from one assignment."""
+"""Which papers a training mixture takes: the rules of variants.yaml, all drawn from one assignment."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from feyntune.errors import UserError
-from feyntune.names import METHODS, variant_name
 from feyntune.splitting.assign import HOLDOUT, SHARES, SPLITS
-
-DEFAULT = Path(__file__).parent / "mixtures.yaml"
-ARCHIVES = {
-    *("astro-ph", "cond-mat", "cs", "econ", "eess", "gr-qc", "hep-ex", "hep-lat", "hep-ph", "hep-th", "math"),
-    *("math-ph", "nlin", "nucl-ex", "nucl-th", "physics", "q-bio", "q-fin", "quant-ph", "stat"),
-}
-
-Amount = Literal["all", "fill"] | Annotated[str, Field(pattern=r"^[1-9][0-9]?%$")]
-
-
-class Mixture(BaseModel):
-    """One training mixture; mixtures.yaml says what the fields mean."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    parts: dict[str, Amount] = Field(min_length=1)
-    size: str | None = None
-    rule: str = ""
-    source: str = ""
-    paper: str | None = None
-    numbering: Literal["documented", "inferred"] | None = None
-
-    @model_validator(mode="after")
-    def _holds_together(self) -> "Mixture":
-        variant_name(self.name, METHODS[0])
-        for part in self.parts:
-            if part.split(".")[0] not in ARCHIVES:
-                raise ValueError(f"{part!r} is no arXiv archive or category: correct its spelling")
-            if part.split(".")[0] != part and part.split(".")[0] in self.parts:
-                raise ValueError(f"{part} lies in {part.split('.')[0]}, its papers would count twice: keep one")
-        if self.percents():
-            if len(self.percents()) < len(self.parts):
-                raise ValueError("percentages do not mix with `all` and `fill`: use one or the other")
-            if sum(self.percents()) != 100:
-                raise ValueError(f"the percentages add up to {sum(self.percents())}: make them 100")
-        needs_size = bool(self.percents()) or "fill" in self.parts.values()
-        if needs_size and self.size is None:
-            raise ValueError("percentages and `fill` need `size`: name the mixture whose size this one takes")
-        if self.size is not None and not needs_size:
-            raise ValueError("`size` says nothing when every part is `all`: use `fill` or percentages, or drop it")
-        return self
-
-    def percents(self) -> list[int]:
-        return [int(a[:-1]) for a in self.parts.values() if a.endswith("%")]
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    mixtures: list[Mixture] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _sizes_are_there(self) -> "_File":
-        by_name = {m.name: m for m in self.mixtures}
-        if len(by_name) < len(self.mixtures):
-            names = [m.name for m in self.mixtures]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands twice: rename one")
-        for m in self.mixtures:
-            if m.size is not None and m.size not in by_name:
-                raise ValueError(f"{m.name} takes the size of {m.size}, which the file does not define: add it")
-            if m.size is not None and by_name[m.size].size is not None:
-                raise ValueError(f"{m.name} takes the size of {m.size}, which has a `size` itself: name an `all` one")
-        return self
-
-
-def load_mixtures(path: str | Path = DEFAULT) -> list[Mixture]:
-    """The mixtures of a YAML file, in its order.
-
-    Raises:
-        UserError: the file is not there, is no YAML, or a mixture in it does not hold together (said which).
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-        return _File.model_validate(raw).mixtures
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} cannot be read as a mixtures file ({e}): correct the path.") from e
-    except yaml.YAMLError as e:
-        raise UserError(f"{path} is not YAML ({' '.join(str(e).split())}): correct it.") from e
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = list(first["loc"])
-        if len(where) > 1 and isinstance(where[1], int):  # a mixture by its name rather than its number
-            entry = raw["mixtures"][where[1]]
-            where[1] = entry.get("name", where[1]) if isinstance(entry, dict) else where[1]
-        field = " ".join(str(w) for w in where[1:]) or "mixtures"
-        raise UserError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}.") from e
+from feyntune.variants import Mixture
 
 
 def belongs(primary: np.ndarray, part: str) -> np.ndarray:
@@ -123,7 +32,7 @@ def draw(
     nest where their rules do, and papers that arrive later displace few.
 
     Args:
-        mixtures: from `load_mixtures`.
+        mixtures: from `feyntune.variants.load_mixtures`.
         primary: [papers] primary categories.
         split: [papers] train, validation, test, holdout or excluded.
         rank: [papers] the second of `hashes`.

@@ -20,8 +20,9 @@ from feyntune.splitting import assign as rule
 from feyntune.splitting.assign import Assignment
 from feyntune.splitting.audit import prove
 from feyntune.splitting.duplicates import PERMUTATIONS, ROWS, THRESHOLD, WORDS, Duplicates, find_duplicates
-from feyntune.splitting.mixtures import DEFAULT, draw, load_mixtures
+from feyntune.splitting.mixtures import draw
 from feyntune.telemetry import log, progress
+from feyntune.variants import load_mixtures
 
 KEY = "feyntune"
 _EXAMPLES = 20
@@ -47,7 +48,7 @@ def split(
         corpus: a sealed `corpus`.
         after: YYYY-MM-DD. Papers whose version 1 is newer are split `holdout`: test only.
         key: of the hash that assigns papers. Another key is another, unrelated split.
-        mixtures: a file like mixtures.yaml, which is the default.
+        mixtures: a file with the part `mixtures` of variants.yaml, whose own are the default.
         threshold: Jaccard similarity of 3-word shingle sets, 0.6 to 1, from which papers stay together.
         previous: an earlier sealed `split`, whose assignments are kept.
 
@@ -62,7 +63,7 @@ def split(
         raise UserError(f"key is {len(key.encode())} bytes long: give one of 1 to 64 bytes.")
     if not 0.6 <= threshold <= 1:
         raise UserError(f"threshold is {threshold}: give a similarity from 0.6 to 1.")
-    rules = load_mixtures(mixtures or DEFAULT)
+    rules = load_mixtures(mixtures)
     inputs = {"corpus": open_artifact(corpus, "corpus").digest}
     papers = _read(Path(corpus))
     pinned = None
@@ -75,7 +76,7 @@ def split(
         "after": after,
         "threshold": threshold,
         "text_form": TEXT_FORM,
-        "mixtures": [m.model_dump(exclude_none=True) for m in rules],
+        "mixtures": [m.model_dump(exclude_none=True, exclude={"paper_training_papers"}) for m in rules],
     }
     with write_artifact(out, "split", inputs, config) as folder:
         with progress("duplicates", len(papers), "papers") as p:

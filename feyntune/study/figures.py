@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from feyntune.evaluation.statistics import holm
-from feyntune.names import BASE, METHODS
+from feyntune.names import BASE
 from feyntune.study.agreement import alpha, icc, interval_over_papers, over_papers
+from feyntune.variants import METHODS
 
 OTHERS = "other models"  # behind endpoints; FeynTune's are commercial ones
 

@@ -18,11 +18,9 @@ from pydantic import (
 )
 
 from feyntune.errors import UserError
+from feyntune.variants import load_variants
 
-TARGETS = {
-    "lora-qkv": ["k_proj", "q_proj", "v_proj"],
-    "lora-all": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
-}
+TARGETS = {name: method.target_modules for name, method in load_variants().methods.items()}
 
 
 class TrainConfig(BaseModel):

@@ -13,24 +13,11 @@ from typing import Any
 from feyntune.errors import UserError
 from feyntune.training.config import TrainConfig
 from feyntune.training.memory import LLAMA_8B, Shape, plan
+from feyntune.variants import load_variants
 
 PADDED = 2.06  # tokens computed for one that counts, in random batches of 16 real hep-th abstracts
 EVALUATING = 0.43  # share of the published run's compute
 TOKENS_PER_PAPER = 185.0  # hep-th abstracts with BOS and EOS under a 4,096-token BPE; Llama 3's was not tried
-
-# Training papers of the paper's ten mixtures. Those with a + are derived from counts of the parts, to about 1 %.
-PAPER_MIXTURES = {
-    "hep-th": 73_768,
-    "hep-ph+gr-qc": 137_136,
-    "hep-th+hep-ph+gr-qc": 210_904,
-    "hep-th70+hep-ph15+gr-qc15": 73_768,
-    "hep-th85+gr-qc15": 73_768,
-    "hep-th85+hep-ph15": 73_768,
-    "hep-th+gr-qc": 118_400,
-    "hep-th+hep-ph": 166_600,
-    "hep-ph+gr-qc-small": 73_768,
-    "hep-th+q-bio+cs": 210_904,
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +115,13 @@ def plan_variants(
 
 def paper_variants() -> dict[str, int]:
     """The twenty variants of the paper with their training papers."""
-    return {f"{mixture}/{method}": n for mixture, n in PAPER_MIXTURES.items() for method in ("lora-qkv", "lora-all")}
+    catalog = load_variants()
+    return {
+        f"{mixture.name}/{method}": mixture.paper_training_papers
+        for mixture in catalog.mixtures
+        for method in catalog.methods
+        if mixture.paper_training_papers
+    }
 
 
 def totals(rows: list[Row]) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from feyntune.errors import Interrupted, UserError
 from feyntune.model.base import pin_base, split_pin
 from feyntune.model.load import best_device, check_fit, load_base, load_tokenizer
 from feyntune.model.packed import IGNORE, Packed, backbone, budgeted, head, hidden_states, kernel, pack
-from feyntune.names import METHODS
 from feyntune.telemetry import log, progress
 from feyntune.training.batches import Document, divide, documents, global_batch, predicted, read_mixture
 from feyntune.training.checkpoints import Checkpoints, State
@@ -47,6 +46,7 @@ from feyntune.training.dropout import DropoutSeeds, document_seeds, use_document
 from feyntune.training.loss import WORDS, frozen_head_loss
 from feyntune.training.memory import GPU_WORDS, plan_memory
 from feyntune.training.metrics import Metrics
+from feyntune.variants import METHODS
 
 PATIENCE = 8  # tries of a request to the store: two minutes, so a store may be away for one
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import statistics
 from collections import Counter
@@ -13,6 +14,16 @@ def test_the_same_seed_gives_the_same_records_and_a_longer_run_begins_with_a_sho
     assert list(synthetic_records(200)) == RECORDS[:200]
     assert list(islice(everyday_texts(50, seed=3), 10)) == list(everyday_texts(10, seed=3))
     assert list(synthetic_records(5, seed=1)) != RECORDS[:5]
+
+
+def test_the_lexicon_gives_the_texts_it_always_gave():
+    records, texts = hashlib.sha256(), hashlib.sha256()
+    for record in synthetic_records(600, seed=3):
+        records.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+    for text in everyday_texts(200, seed=3):
+        texts.update(text.encode() + b"\n")
+    assert records.hexdigest() == "78bc27fc80c9d437059fd718d2970b1791d43986a942f3a694fe9f6948212107"
+    assert texts.hexdigest() == "e56256c86aead5c0200dfbe07d4418d2d7c09b7909e47db152fd830bafdf0676"
 
 
 def test_records_have_the_keys_of_the_snapshot_and_unique_ids():

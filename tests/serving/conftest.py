@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from feyntune.model.load import load_base, load_tokenizer
-from feyntune.names import METHODS, slug
+from feyntune.names import slug
 from feyntune.registry.registry import Registry
+from feyntune.variants import METHODS
 from tests.serving.factories import register_adapter, seal_adapter
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from feyntune.errors import UserError
 from feyntune.splitting.assign import HOLDOUT, SHARES, by_hash, hashes
-from feyntune.splitting.mixtures import belongs, draw, largest_remainder, load_mixtures
+from feyntune.splitting.mixtures import belongs, draw, largest_remainder
+from feyntune.variants import load_mixtures
 
 MIXTURES = {m.name: m for m in load_mixtures()}
 PHYSICS = ("hep-th", "hep-ph", "gr-qc")
@@ -23,14 +24,14 @@ ENOUGH = corpus(hep_th=500, hep_ph=650, gr_qc=400, q_bio=150, cs=1500, physics=3
 
 
 def test_the_ten_mixtures_of_the_paper():
-    theirs = [m for m in MIXTURES.values() if m.paper]
-    assert [m.name for m in theirs] == [
+    published = [m for m in MIXTURES.values() if m.paper]
+    assert [m.name for m in published] == [
         *("hep-th", "hep-ph+gr-qc", "hep-th+hep-ph+gr-qc", "hep-th70+hep-ph15+gr-qc15"),
         *("hep-th85+gr-qc15", "hep-th85+hep-ph15", "hep-th+gr-qc", "hep-th+hep-ph", "hep-ph+gr-qc-small"),
         "hep-th+q-bio+cs",
     ]
-    assert [m.paper for m in theirs] == [f"s{k}" for k in range(1, 11)]
-    assert [m.numbering for m in theirs] == ["documented"] * 3 + ["inferred"] * 7
+    assert [m.paper for m in published] == [f"s{k}" for k in range(1, 11)]
+    assert [m.numbering for m in published] == ["documented"] * 3 + ["inferred"] * 7
 
 
 def test_sizes_follow_the_rules_of_the_method():
@@ -179,12 +180,12 @@ def one(**fields) -> dict:
         (one(parts={"hep-th": "70%", "gr-qc": "20%"}, size="mine"), "add up to 90"),
         (one(parts={"hep-th": "70%", "gr-qc": "all"}), "do not mix"),
         (one(parts={"hep-th": "fill"}), "need `size`"),
-        (one(size="mine"), "says nothing"),
+        (one(size="mine"), "has no effect"),
         (one(parts={"hep-th": "lots"}), "parts hep-th"),
         (one(parts={}), "mine parts"),
-        (one(name="No Good"), "is not a variant"),
+        (one(name="No Good"), "is not the name of a mixture"),
         (one(colour="red"), "colour"),
-        ({"mixtures": one()["mixtures"] * 2}, "mine stands twice"),
+        ({"mixtures": one()["mixtures"] * 2}, "mine is defined twice"),
         (one(parts={"cs": "fill"}, size="gone"), "takes the size of gone"),
         ({"mixtures": []}, "mixtures"),
         ("just words", "mixtures"),
