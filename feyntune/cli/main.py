@@ -486,7 +486,7 @@ def registry_show(
 
 @registry_app.command("history", epilog="Example: feyntune registry history")
 def registry_history(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
-    """Every decision, oldest first, void ones included."""
+    """Every decision, oldest first, rejected ones included."""
     from feyntune.registry.registry import Registry
 
     setup(quiet=as_json)
@@ -497,7 +497,7 @@ def registry_history(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = F
     for e in entries:
         names = ", ".join([v.name for v in e.event.add] or e.event.versions)
         moves = ", ".join(f"{alias}: {m.old or 'nobody'} -> {m.new or 'nobody'}" for alias, m in e.event.moves.items())
-        note = f"  (void: {e.void})" if e.void else ""
+        note = f"  (rejected: {e.rejected})" if e.rejected else ""
         print(f"{e.event.time[:19]} {e.event.kind:9} {names}  {moves}{note}")
 
 
@@ -509,7 +509,8 @@ def registry_diff(
     as_json: Json = False,
 ) -> None:
     """Where two versions differ."""
-    from feyntune.registry.registry import Registry, diff
+    from feyntune.registry.registry import Registry
+    from feyntune.registry.replay import diff
 
     setup(quiet=as_json)
     opened = Registry.open(registry)

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from feyntune.errors import UserError
 from feyntune.names import BASE, slug
-from feyntune.registry.registry import Deployment, Registry, State
+from feyntune.registry.models import Deployment, State
+from feyntune.registry.registry import Registry
 from feyntune.telemetry import log
 
 GROUP = "serving.kserve.io"

@@ -45,16 +45,16 @@ def model_card(
         f"---\n{front}---",
         f"# {variant}",
         f"A LoRA adapter (rank {lora['r']}, alpha {lora['lora_alpha']}, on {modules}) "
-        f"for {_base_in_words(measured.base, lora)}, trained on arXiv abstracts of the mixture "
+        f"for {_describe_base(measured.base, lora)}, trained on arXiv abstracts of the mixture "
         f"`{variant.rpartition('/')[0]}`.",
         "## Measured",
         f"Perplexity on {measured.abstracts} test abstracts that no training set of the same split holds:",
         _table(("system", "mean over abstracts", "over all tokens"), rows),
         f"Variant minus base, paired over abstracts: {_figure(delta.mean)}, "
         f"95 % interval [{_figure(delta.low)}, {_figure(delta.high)}] (below zero is better).",
-        *([] if measured.memorisation is None else [f"Memorisation: {_figure(measured.memorisation)}."]),
+        *([] if measured.memorization is None else [f"Memorization: {_figure(measured.memorization)}."]),
         "Gate: " + ("passed" if verdict.passed else "refused") + ".",
-        "\n".join(f"- {c.clause}: {c.says}" for c in verdict.clauses),
+        "\n".join(f"- {c.clause}: {c.message}" for c in verdict.clauses),
         "## Trained",
         _table(("setting", "value"), [(k, str(v)) for k, v in sorted(_flat({**adapter.config, **training}).items())]),
         "## Made from",
@@ -62,8 +62,8 @@ def model_card(
         "## Use",
         _USE,
         "The text format is one abstract between the tokenizer's BOS and EOS; to complete one, give BOS and its start.",
-        "## Licence",
-        "The adapter derives from its base model, whose licence applies to it. arXiv's metadata, abstracts included, "
+        "## License",
+        "The adapter derives from its base model, whose license applies to it. arXiv's metadata, abstracts included, "
         "is CC0.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -97,7 +97,7 @@ def _hub_id(base_digest: str, lora: dict[str, Any]) -> str | None:
     return location if len(base_digest) == 40 and location.count("/") == 1 else None
 
 
-def _base_in_words(base_digest: str, lora: dict[str, Any]) -> str:
+def _describe_base(base_digest: str, lora: dict[str, Any]) -> str:
     name = _hub_id(base_digest, lora)
     return f"[{name}](https://huggingface.co/{name})" if name else f"a base model with digest `{base_digest[:16]}`"
 
@@ -112,7 +112,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names. Where something lay on the training machine says nothing elsewhere: left out."""
+    """Nested settings as dotted names. Paths of the training machine are left out."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, dict):

@@ -4,23 +4,25 @@
     metric: abstract_mean        # or token: what ranks the variants that pass
     margin_over_base: 0.0        # perplexity by which the interval must clear the base
     minimum_abstracts: 30
-    maximum_memorisation: 0.01   # leave out not to ask for it
+    maximum_memorization: 0.01   # leave out not to ask for it
     margin_over_champion: 0.0
-    unlike_champion: replace     # or keep: when the champion was measured on another test set
+    on_incomparable_champion: replace  # or keep: when the champion was measured on another test set or base
 
-One clause stands in every policy: the paired 95 % interval of variant minus base lies below zero.
+One clause is part of every policy: the paired 95 % interval of variant minus base lies below zero.
 """
 
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from feyntune.artifacts.artifact import sha256_json
 from feyntune.errors import UserError
 
 Metric = Literal["abstract_mean", "token"]
+
+_RENAMED = {"maximum_memorisation": "maximum_memorization", "unlike_champion": "on_incomparable_champion"}
 
 
 class Perplexity(BaseModel):
@@ -43,7 +45,7 @@ class Interval(BaseModel):
 
 
 class Measured(BaseModel):
-    """What one comparison found about one variant. `test` and `base` are digests."""
+    """One variant's figures from one comparison. `test` and `base` are digests."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,7 +55,8 @@ class Measured(BaseModel):
     base_perplexity: Perplexity
     perplexity: Perplexity
     delta: Interval  # variant minus base: below zero is better
-    memorisation: FiniteFloat | None = None
+    # Events before 0.2 spell it with an s.
+    memorization: FiniteFloat | None = Field(None, validation_alias=AliasChoices("memorization", "memorisation"))
 
     def gain(self, metric: Metric) -> float:
         """Perplexity the variant is below its base (larger is better)."""
@@ -70,9 +73,9 @@ class Policy(BaseModel):
     metric: Metric = "abstract_mean"
     margin_over_base: FiniteFloat = Field(0.0, ge=0)
     minimum_abstracts: int = Field(30, ge=1)
-    maximum_memorisation: FiniteFloat | None = Field(None, ge=0, le=1)
+    maximum_memorization: FiniteFloat | None = Field(None, ge=0, le=1)
     margin_over_champion: FiniteFloat = Field(0.0, ge=0)
-    unlike_champion: Literal["replace", "keep"] = "replace"
+    on_incomparable_champion: Literal["replace", "keep"] = "replace"
 
     @property
     def digest(self) -> str:
@@ -80,13 +83,13 @@ class Policy(BaseModel):
 
 
 class Clause(BaseModel):
-    """One clause, what was found, and one sentence saying so."""
+    """One clause, whether it holds, and one sentence with the figures."""
 
     model_config = ConfigDict(frozen=True)
 
     clause: str
     passed: bool
-    says: str
+    message: str = Field(validation_alias=AliasChoices("message", "says"))  # "says" before 0.2
 
 
 class Verdict(BaseModel):
@@ -104,7 +107,7 @@ class Verdict(BaseModel):
     @property
     def reasons(self) -> list[str]:
         """Why it was refused: the sentence of each failed clause."""
-        return [c.says for c in self.clauses if not c.passed]
+        return [c.message for c in self.clauses if not c.passed]
 
 
 def read_policy(path: str | Path | None) -> Policy:
@@ -116,7 +119,7 @@ def read_policy(path: str | Path | None) -> Policy:
     if path is None:
         return Policy()
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"Policy {path} cannot be read ({e.strerror}): give the path of a gate.yaml.") from e
     except yaml.YAMLError as e:
@@ -125,6 +128,8 @@ def read_policy(path: str | Path | None) -> Policy:
         return Policy.model_validate({} if content is None else content)
     except ValidationError as e:
         error = e.errors()[0]
+        if (new := _RENAMED.get(str(error["loc"][0]) if error["loc"] else "")) is not None:
+            raise UserError(f"Policy {path}: {error['loc'][0]} is now called {new}: rename it.") from e
         clause = ".".join(str(p) for p in error["loc"]) or "the file"
         raise UserError(f"Policy {path}: {clause}: {error['msg']}; clauses: {', '.join(Policy.model_fields)}.") from e
 
@@ -136,12 +141,12 @@ def judge(measured: Measured, policy: Policy) -> Verdict:
         Clause(
             clause="below_base",
             passed=delta.high < limit and measured.gain(policy.metric) > 0,
-            says=_below_base(measured, policy),
+            message=_below_base(measured, policy),
         ),
         Clause(
             clause="minimum_abstracts",
             passed=measured.abstracts >= policy.minimum_abstracts,
-            says=f"measured on {measured.abstracts} abstracts, the policy asks for {policy.minimum_abstracts}"
+            message=f"measured on {measured.abstracts} abstracts, the policy asks for {policy.minimum_abstracts}"
             + (
                 f": {policy.minimum_abstracts - measured.abstracts} too few"
                 if measured.abstracts < policy.minimum_abstracts
@@ -149,50 +154,50 @@ def judge(measured: Measured, policy: Policy) -> Verdict:
             ),
         ),
     ]
-    if policy.maximum_memorisation is not None:
-        clauses.append(_memorisation(measured.memorisation, policy.maximum_memorisation))
+    if policy.maximum_memorization is not None:
+        clauses.append(_memorization(measured.memorization, policy.maximum_memorization))
     return Verdict(policy=policy.digest, clauses=clauses)
 
 
-def beats(challenger: Measured, champion: Measured | None, policy: Policy) -> Clause:
+def compare_to_champion(challenger: Measured, champion: Measured | None, policy: Policy) -> Clause:
     """Whether `challenger` takes an alias from `champion` (None: nobody holds it).
 
     Two variants compare by their gain over the same base on the same test set. Where either differs there is
-    nothing to compare, and the policy's `unlike_champion` decides.
+    nothing to compare, and the policy's `on_incomparable_champion` decides.
     """
     if champion is None:
-        return Clause(clause="beats_champion", passed=True, says="there is no champion yet")
+        return Clause(clause="better_than_champion", passed=True, message="there is no champion yet")
     if (challenger.test, challenger.base) != (champion.test, champion.base):
         what = "test set" if challenger.test != champion.test else "base"
         return Clause(
-            clause="beats_champion",
-            passed=policy.unlike_champion == "replace",
-            says=f"the champion was measured on another {what}; by the policy it is "
-            + ("replaced" if policy.unlike_champion == "replace" else "kept"),
+            clause="better_than_champion",
+            passed=policy.on_incomparable_champion == "replace",
+            message=f"the champion was measured on another {what}; by the policy it is "
+            + ("replaced" if policy.on_incomparable_champion == "replace" else "kept"),
         )
     lead = challenger.gain(policy.metric) - champion.gain(policy.metric)
     passed = lead > policy.margin_over_champion
-    says = f"{abs(lead):.4g} {'below' if lead > 0 else 'above'} the champion's perplexity ({policy.metric})"
+    message = f"{abs(lead):.4g} {'below' if lead > 0 else 'above'} the champion's perplexity ({policy.metric})"
     if not passed:
-        says += f", the policy asks for more than {policy.margin_over_champion:.4g} below"
-    return Clause(clause="beats_champion", passed=passed, says=says)
+        message += f", the policy asks for more than {policy.margin_over_champion:.4g} below"
+    return Clause(clause="better_than_champion", passed=passed, message=message)
 
 
 def _below_base(measured: Measured, policy: Policy) -> str:
     delta, limit = measured.delta, 0.0 - policy.margin_over_base
-    says = f"variant minus base is {delta.mean:.4g}, 95 % interval [{delta.low:.4g}, {delta.high:.4g}]"
+    message = f"variant minus base is {delta.mean:.4g}, 95 % interval [{delta.low:.4g}, {delta.high:.4g}]"
     if not delta.high < limit:
-        says += f": its upper end must lie below {limit:.4g} and is {delta.high - limit:.4g} above"
+        message += f": its upper end must lie below {limit:.4g} and is {delta.high - limit:.4g} above"
     elif measured.gain(policy.metric) <= 0:
-        says += f", but its {policy.metric} perplexity is {-measured.gain(policy.metric):.4g} above the base's"
-    return says
+        message += f", but its {policy.metric} perplexity is {-measured.gain(policy.metric):.4g} above the base's"
+    return message
 
 
-def _memorisation(found: float | None, limit: float) -> Clause:
-    if found is None:
-        says = f"memorisation was not measured, the policy allows at most {limit:.4g}"
-    elif found > limit:
-        says = f"memorisation is {found:.4g}, {found - limit:.4g} over the policy's maximum of {limit:.4g}"
+def _memorization(share: float | None, limit: float) -> Clause:
+    if share is None:
+        message = f"memorization was not measured, the policy allows at most {limit:.4g}"
+    elif share > limit:
+        message = f"memorization is {share:.4g}, {share - limit:.4g} over the policy's maximum of {limit:.4g}"
     else:
-        says = f"memorisation is {found:.4g}, the policy allows {limit:.4g}"
-    return Clause(clause="maximum_memorisation", passed=found is not None and found <= limit, says=says)
+        message = f"memorization is {share:.4g}, the policy allows {limit:.4g}"
+    return Clause(clause="maximum_memorization", passed=share is not None and share <= limit, message=message)

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from feyntune.artifacts.artifact import Manifest, open_artifact, read_manifest, write_artifact
 from feyntune.errors import UserError
 from feyntune.names import slug
 from feyntune.registry.card import model_card
-from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, beats, judge, read_policy
-from feyntune.registry.registry import CHAMPION, SHORT, Registry, Stale, State, Version
+from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, compare_to_champion, judge, read_policy
+from feyntune.registry.models import CHAMPION, SHORT, ConflictError, State, Version
+from feyntune.registry.registry import Registry
 from feyntune.telemetry import log
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -86,7 +87,7 @@ def register(
     if unknown:
         raise UserError(f"{unknown[0]} is not in {comparison}: evaluate it first, or leave it out.")
 
-    there = Registry.open(registry)
+    target = Registry.open(registry)
     refused: dict[str, Registered] = {}
     accepted: dict[str, tuple[Version, Path, Path]] = {}
     with tempfile.TemporaryDirectory(prefix="feyntune-cards-") as tmp:
@@ -100,8 +101,8 @@ def register(
                 refused[name] = Registered(
                     version=None, stage="refused", promoted=False, champion=False, reasons=[str(e)]
                 )
-        names = [v.name for v in there.add(accepted.values())]
-    state = _promote(there, names, rules) if promote else there.snapshot()
+        names = [v.name for v in target.add(accepted.values())]
+    state = _promote(target, names, rules) if promote else target.snapshot()
     registered = {name: _registered(state, v.name, rules) for name, (v, _, _) in accepted.items()}
     champion = state.aliases.get(CHAMPION)
     return Registration(
@@ -169,7 +170,7 @@ class _Failure(BaseModel):
 
 
 class _Summary(BaseModel):
-    """What this room reads of a comparison's summary.json; the rest goes into the card as it is."""
+    """What this package reads of a comparison's summary.json; the rest goes into the card as it is."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -185,7 +186,7 @@ class _Variant(BaseModel):
     perplexity: Perplexity
     delta: Interval
     adapter_sha256: str
-    memorisation: float | None = None
+    memorization: float | None = Field(None, validation_alias=AliasChoices("memorization", "memorisation"))
 
 
 def _read_summary(path: Path) -> _Summary:
@@ -194,7 +195,7 @@ def _read_summary(path: Path) -> _Summary:
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: the folder is not a comparison of this version.") from e
     except ValidationError as e:
-        raise UserError(f"{path}: {_first(e)}; make the comparison again.") from e
+        raise UserError(f"{path}: {_first_error(e)}; make the comparison again.") from e
 
 
 def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy: Policy, card: Path) -> Version:
@@ -209,10 +210,10 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
             base_perplexity=summary.base.perplexity,
             perplexity=variant.perplexity,
             delta=variant.delta,
-            memorisation=variant.memorisation,
+            memorization=variant.memorization,
         )
     except ValidationError as e:
-        raise UserError(f"{name}: its measurements in summary.json cannot be used: {_first(e)}.") from e
+        raise UserError(f"{name}: its measurements in summary.json cannot be used: {_first_error(e)}.") from e
     weights = manifest.files[WEIGHTS].sha256
     if variant.adapter_sha256 != weights:
         raise UserError(
@@ -235,12 +236,14 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
     }
     lineage = {what: of for what, of in lineage.items() if of}
     verdict = judge(measured, policy)
-    with write_artifact(card, "card", inputs={"adapter": manifest.digest, "comparison": comparison}) as folder_of_card:
+    with write_artifact(card, "card", inputs={"adapter": manifest.digest, "comparison": comparison}) as card_folder:
         training = {k: v for k, v in summary.variants[name].items() if k in ("train_tokens", "seconds")}
         text = model_card(name, manifest, lora, lineage, measured, verdict, training)
-        (folder_of_card.path / "README.md").write_text(text)
+        (card_folder.path / "README.md").write_text(text, encoding="utf-8")
         evaluation = {"measured": measured.model_dump(), "summary": summary.variants[name]}
-        (folder_of_card.path / "evaluation.json").write_text(json.dumps(evaluation, indent=1, sort_keys=True) + "\n")
+        (card_folder.path / "evaluation.json").write_text(
+            json.dumps(evaluation, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
     place = f"{slug(name)}/{manifest.digest[:SHORT]}"
     return Version(
         variant=name,
@@ -267,11 +270,11 @@ def _promote(registry: Registry, names: list[str], policy: Policy) -> State:
             contenders = [v for v in waiting if alias in (CHAMPION, f"{CHAMPION}:{v.mixture}")]
             best = max(contenders, key=lambda v: v.measured.gain(policy.metric))
             holder = state.versions[state.aliases[alias]].measured if alias in state.aliases else None
-            if beats(best.measured, holder, policy).passed:
+            if compare_to_champion(best.measured, holder, policy).passed:
                 aliases[alias] = best
         try:
             return registry.decide_promotion(state, waiting, aliases)
-        except Stale:
+        except ConflictError:
             if attempt == 9:
                 raise
     raise AssertionError("unreachable")
@@ -288,7 +291,7 @@ def _registered(state: State, name: str, policy: Policy) -> Registered:
     elif version.stage == "staging":
         reasons = ["it passed the gate and waits for `feyntune promote`"]
     elif name != champion and champion is not None:
-        reasons = [beats(version.measured, state.versions[champion].measured, policy).says]
+        reasons = [compare_to_champion(version.measured, state.versions[champion].measured, policy).message]
     else:
         reasons = []
     return Registered(
@@ -300,6 +303,6 @@ def _registered(state: State, name: str, policy: Policy) -> Registered:
     )
 
 
-def _first(e: ValidationError) -> str:
+def _first_error(e: ValidationError) -> str:
     error = e.errors()[0]
     return f"{'.'.join(str(p) for p in error['loc'])}: {error['msg']}"

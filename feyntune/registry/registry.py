@@ -6,7 +6,7 @@ It lives in any store and has no server of its own; nothing in it is ever change
     cards/SLUG/DIGEST/COMPARISON/     its model card and figures from one comparison, sealed
     events/SEQ-SHA256.json            one decision: adapters added, promoted, rolled back, archived …
 
-Stages and aliases are written nowhere: they are what all events add up to (`fold`). An event is one put under
+Stages and aliases are written nowhere: they are what all events add up to (`replay`). An event is one put under
 the sha256 of its own bytes, so a writer that dies leaves the whole event or none, two writers never write the
 same object, and no store needs conditional writes. See README.md for what happens when writers race.
 """
@@ -21,169 +21,23 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from feyntune.artifacts.artifact import Manifest, sha256_json
 from feyntune.artifacts.store import Missing, Store, StoreError, open_store, pull, push
 from feyntune.errors import UserError
-from feyntune.names import slug
-from feyntune.registry.gate import Measured, Verdict
+from feyntune.registry.models import CHAMPION, PREVIOUS, ConflictError, Deployment, Entry, Event, Move, State, Version
+from feyntune.registry.replay import replay
 
-CHAMPION = "champion"
-PREVIOUS = "previous"
-SHORT = 16  # hex digits of a digest in names
 CONFIRMATIONS = 2  # events a writer puts after a decision before it believes what it reads; see README.md
 SETTLE = 0.2  # seconds it waits before that, at least; else four times what its own put took
 
-Stage = Literal["candidate", "staging", "production", "archived"]
-
 _EVENT = re.compile(r"\d{10}-[0-9a-f]{64}")
-_VOIDABLE = ("promote", "rollback", "archive", "restore")
-
-
-class Stale(UserError):
-    """A decision was void: another writer had decided in between. Look again and repeat it."""
-
-
-class Version(BaseModel):
-    """An adapter as registered. Everything but the stage is fixed by the event that added it.
-
-    Attributes:
-        digest: of the adapter's manifest. `adapter` and `card` are folders in the store.
-        rank, targets: of the LoRA, so that a server can size itself without opening the adapter.
-        lineage: digests of what it came from and what measured it (corpus, split, base, comparison …).
-        stage: candidate (did not pass the gate), staging (passed, waiting), production (promoted), archived
-            (no longer served).
-        added, promoted: when it was registered, and first promoted ("" if never); UTC, ISO 8601.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    variant: str
-    digest: str
-    adapter: str
-    card: str
-    rank: int
-    targets: list[str]
-    lineage: dict[str, str]
-    measured: Measured
-    verdict: Verdict
-    stage: Stage = "candidate"
-    added: str = ""
-    promoted: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}@{self.digest[:SHORT]}"
-
-    @property
-    def mixture(self) -> str:
-        return self.variant.rpartition("/")[0]
-
-
-class Move(BaseModel):
-    """An alias goes from one version's name to another's (None: nobody)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    old: str | None
-    new: str | None
-
-
-class Deployment(BaseModel):
-    """Where and when which versions were brought to answer."""
-
-    model_config = ConfigDict(frozen=True)
-
-    service: str  # NAMESPACE/NAME
-    url: str
-    versions: list[str]
-
-
-class Event(BaseModel):
-    """One decision, and what its writer had seen when deciding.
-
-    `seq` is one more than the highest its writer had seen; `parents` are the events nobody had built on then.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1]
-    seq: int
-    parents: list[str]
-    time: str
-    by: str
-    kind: Literal["add", "promote", "rollback", "archive", "restore", "deploy", "confirm"]
-    add: list[Version] = []
-    versions: list[str] = []
-    moves: dict[str, Move] = {}
-    deployment: Deployment | None = None
-
-
-class Entry(BaseModel):
-    """An event in its place in the order; `void` says why it has no effect."""
-
-    name: str
-    event: Event
-    void: str | None = None
-
-
-@dataclass(frozen=True)
-class State:
-    """What all events add up to.
-
-    Attributes:
-        versions: by name, oldest first, archived ones included.
-        aliases: name to version name: `champion`, `previous`, and for each mixture `champion:hep-th` and
-            `previous:hep-th`.
-        history: all events in order, void ones included.
-        marker: changes when, and only when, there are new events.
-    """
-
-    versions: dict[str, Version]
-    aliases: dict[str, str]
-    history: list[Entry]
-    marker: str
-    seq: int = 0
-    heads: list[str] = field(default_factory=list)
-
-    @property
-    def served(self) -> list[Version]:
-        """The versions an endpoint offers: all that are not archived, oldest first."""
-        return [v for v in self.versions.values() if v.stage != "archived"]
-
-    @property
-    def deployments(self) -> list[Deployment]:
-        """Deployments, oldest first."""
-        return [e.event.deployment for e in self.history if e.event.deployment is not None]
-
-    def resolve(self, name: str) -> Version:
-        """The served version that `name` means now.
-
-        Args:
-            name: an alias (`champion`, `previous:hep-th`), a variant or its slug (its newest version in
-                production, else its newest), or VARIANT@DIGEST with at least four digits of the digest.
-
-        Raises:
-            UserError: nothing served has that name, or more than one version has.
-        """
-        if name in self.aliases:
-            return self.versions[self.aliases[name]]
-        variant, _, prefix = name.partition("@")
-        found = [v for v in self.served if variant in (v.variant, slug(v.variant))]
-        if "@" in name:
-            found = [v for v in found if len(prefix) >= 4 and v.digest.startswith(prefix)]
-            if len(found) > 1:
-                raise UserError(f"{name} means {len(found)} versions: give more digits of the digest.")
-        if not found:
-            known = [*self.aliases, *dict.fromkeys(v.variant for v in self.served)]
-            raise UserError(f"{name!r} is not in the registry; it has: {', '.join(known) or 'nothing yet'}.")
-        return ([v for v in found if v.stage == "production"] or found)[-1]
+_DECISIONS = ("promote", "rollback", "archive", "restore")
 
 
 class Registry:
@@ -198,8 +52,8 @@ class Registry:
         """The registry at `uri` (`s3://bucket/prefix`, `file:///folder` or a path); empty where nothing is."""
         return cls(open_store(uri))
 
-    def marker(self) -> str:
-        """Something that changes when the registry does, for one listing: equal to `snapshot().marker`."""
+    def revision(self) -> str:
+        """Something that changes when the registry does, for one listing: equal to `snapshot().revision`."""
         return sha256_json(self._listed())
 
     def snapshot(self) -> State:
@@ -208,7 +62,7 @@ class Registry:
         self._read(names)
         while missing := {p for n in self._events for p in self._events[n].parents} - self._events.keys():
             self._read(sorted(missing))  # a listing over several pages can miss an event and show its successor
-        return fold(self._events, sha256_json(names))
+        return replay(self._events, sha256_json(names))
 
     def versions(self) -> list[Version]:
         """All versions, archived ones included, oldest first."""
@@ -219,7 +73,7 @@ class Registry:
         return self.snapshot().aliases
 
     def history(self) -> list[Entry]:
-        """What was decided, oldest first, void decisions included."""
+        """What was decided, oldest first, rejected decisions included."""
         return [e for e in self.snapshot().history if e.event.kind != "confirm"]
 
     def resolve(self, name: str) -> Version:
@@ -256,7 +110,7 @@ class Registry:
 
         Raises:
             UserError: the version did not pass the gate (with the clauses that failed), is archived or unknown.
-            Stale: another writer moved the alias in between.
+            ConflictError: another writer moved the alias in between.
         """
         seen = seen or self.snapshot()
         version = seen.resolve(name)
@@ -274,7 +128,7 @@ class Registry:
 
         Raises:
             UserError: one of them did not pass the gate.
-            Stale: one of the aliases is no longer where it was in `seen`.
+            ConflictError: one of the aliases is no longer where it was in `seen`.
         """
         for version in versions:
             if not version.verdict.passed:
@@ -293,7 +147,7 @@ class Registry:
 
         Raises:
             UserError: nobody holds `alias`, or nobody did before.
-            Stale: another writer decided in between.
+            ConflictError: another writer decided in between.
         """
         seen = self.snapshot()
         if alias not in seen.aliases:
@@ -396,20 +250,20 @@ class Registry:
         """Write an event decided on `seen`; returns the state it led to.
 
         Raises:
-            Stale: the event is void, since another writer was first.
+            ConflictError: the event is rejected, since another writer was first.
         """
         began = time.monotonic()
         name = self._put(seen, kind, **fields)
-        if kind in _VOIDABLE:
+        if kind in _DECISIONS:
             time.sleep(max(SETTLE, 4 * (time.monotonic() - began)))
         after = self.snapshot()
         # Until it is built on, an event of the same `seq` that is still on its way could come before it.
-        for _ in range(CONFIRMATIONS if kind in _VOIDABLE else 0):
+        for _ in range(CONFIRMATIONS if kind in _DECISIONS else 0):
             self._put(after, "confirm")
             after = self.snapshot()
-        void = next(e.void for e in reversed(after.history) if e.name == name)
-        if void is not None:
-            raise Stale(f"Nothing was changed: {void}. Look again and repeat it.")
+        rejected = next(e.rejected for e in reversed(after.history) if e.name == name)
+        if rejected is not None:
+            raise ConflictError(f"Nothing was changed: {rejected}. Look again and repeat it.")
         return after
 
     def _put(self, seen: State, kind: str, **fields: Any) -> str:
@@ -429,137 +283,6 @@ class Registry:
         self.store.put(f"events/{name}.json", raw)
         self._events[name] = event
         return name
-
-
-def fold(events: dict[str, Event], marker: str = "") -> State:
-    """The state that `events` add up to: the same for everybody who has read the same events.
-
-    They take effect in the order of `ordered`. A decision whose grounds no longer hold is void: a promotion or
-    rollback of an alias that is not where its writer saw it, a promotion of a version that failed the gate or
-    is archived, an archiving of a champion.
-    """
-    versions: dict[str, Version] = {}
-    stacks: dict[str, list[str]] = {}  # alias -> versions that held it, the holder last
-    history = []
-    for name in ordered(events):
-        event = events[name]
-        void = _void(event, versions, stacks)
-        history.append(Entry(name=name, event=event, void=void))
-        if void is None:
-            _apply(event, versions, stacks)
-    aliases = {}
-    for alias in sorted(stacks):
-        if stacks[alias]:
-            aliases[alias] = stacks[alias][-1]
-            before = _before(stacks[alias], versions)
-            if before is not None:
-                aliases[alias.replace(CHAMPION, PREVIOUS)] = before
-    return State(
-        versions=versions,
-        aliases=aliases,
-        history=history,
-        marker=marker,
-        seq=max((e.seq for e in events.values()), default=0),
-        heads=sorted(events.keys() - {p for e in events.values() for p in e.parents}),
-    )
-
-
-def ordered(events: dict[str, Event]) -> list[str]:
-    """Names of `events`, each after all it had seen; among unconnected ones the higher `seq` goes first, then
-    the smaller name.
-
-    So an event that arrives late (decided long ago, `seq` behind the others) takes its place after everything
-    decided meanwhile and can undo none of it.
-    """
-    order: dict[str, None] = {}
-    first = lambda names: sorted(names, key=lambda n: (-events[n].seq, n), reverse=True)  # taken from the end
-    waiting = first(events)
-    while waiting:
-        name = waiting.pop()
-        unseen = [p for p in events[name].parents if p not in order]
-        if unseen and name not in order:
-            waiting += [name, *first(unseen)]
-        else:
-            order[name] = None
-    return list(order)
-
-
-def diff(a: Version, b: Version) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two versions differ, as `lineage.corpus: (value of a, value of b)`."""
-    left, right = _flat(a.model_dump()), _flat(b.model_dump())
-    return {k: (left.get(k), right.get(k)) for k in left | right if left.get(k) != right.get(k)}
-
-
-def _void(event: Event, versions: dict[str, Version], stacks: dict[str, list[str]]) -> str | None:
-    """Why `event` has no effect, or None."""
-    for name in event.versions:
-        if name not in versions:
-            return f"{name} is not registered"
-        version = versions[name]
-        if event.kind == "promote" and version.stage == "archived":
-            return f"{name} is archived"
-        if event.kind == "promote" and not version.verdict.passed:
-            return f"{name} did not pass the gate"
-        held = [alias for alias, stack in stacks.items() if stack[-1:] == [name]]
-        if event.kind == "archive" and held:
-            return f"{name} is {held[0]}"
-        if event.kind == "rollback" and not event.moves.keys() >= set(held):
-            return f"{name} had become {' and '.join(sorted(set(held) - event.moves.keys()))} by then"
-    for alias, move in event.moves.items():
-        stack = stacks.get(alias, [])
-        holder = stack[-1] if stack else None
-        if holder != move.old:
-            return f"{alias} was {holder or 'nobody'} by then, not {move.old or 'nobody'}"
-        if event.kind == "promote" and move.new not in event.versions:
-            return f"{alias} would go to a version that is not promoted"
-        if event.kind == "rollback" and move.new != _before(stack, versions):
-            return f"the version before {holder} was no longer {move.new or 'nobody'}"
-    return None
-
-
-def _apply(event: Event, versions: dict[str, Version], stacks: dict[str, list[str]]) -> None:
-    def update(name: str, **fields: Any) -> None:
-        versions[name] = versions[name].model_copy(update=fields)
-
-    for new in event.add:
-        there = versions.get(new.name)
-        keep = {"stage": "candidate", "added": event.time, "promoted": ""}
-        if there:
-            keep = {"stage": there.stage, "added": there.added, "promoted": there.promoted}
-        versions[new.name] = new.model_copy(update=keep)
-        if versions[new.name].stage in ("candidate", "staging"):
-            update(new.name, stage="staging" if new.verdict.passed else "candidate")
-    for name in event.versions:
-        version = versions[name]
-        if event.kind == "promote":
-            update(name, stage="production", promoted=version.promoted or event.time)
-        elif event.kind == "archive":
-            update(name, stage="archived")
-        elif event.kind == "rollback" or (event.kind == "restore" and version.stage == "archived"):
-            update(name, stage="staging" if version.verdict.passed else "candidate")
-    for alias, move in event.moves.items():
-        stack = stacks.setdefault(alias, [])
-        if event.kind == "promote" and move.new is not None:
-            stack.append(move.new)
-        elif event.kind == "rollback":
-            while stack and stack[-1] != move.new:
-                stack.pop()
-            if move.new is not None:
-                update(move.new, stage="production")
-
-
-def _before(stack: list[str], versions: dict[str, Version]) -> str | None:
-    """Who held an alias before its holder: the last one that is another version and not archived."""
-    for name in reversed(stack[:-1]):
-        if name != stack[-1] and versions[name].stage != "archived":
-            return name
-    return None
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
 
 
 def _user() -> str:

@@ -13,14 +13,14 @@ from feyntune.telemetry import setup
 def register_branches(comparison: str, store: str, registry: str, out: str) -> str:
     """Register every adapter of `comparison`; returns the champion's name, or "" where none passed the gate."""
     setup()
-    summary = json.loads((Path(comparison) / "summary.json").read_text())
-    kept = open_store(store)
+    summary = json.loads((Path(comparison) / "summary.json").read_text(encoding="utf-8"))
+    source = open_store(store)
     with scratch() as folder:
         adapters = {}
         for i, (name, variant) in enumerate(summary["variants"].items()):
-            pull(kept, variant["adapter"], folder / f"adapter-{i}", kind="adapter")
+            pull(source, variant["adapter"], folder / f"adapter-{i}", kind="adapter")
             adapters[name] = folder / f"adapter-{i}"
         registration = register(comparison, adapters, registry)
-    with write_artifact(out, kind="registration", inputs={"comparison": read_manifest(comparison).digest}) as sealed:
-        (sealed.path / "registration.json").write_text(registration.model_dump_json(indent=1))
+    with write_artifact(out, kind="registration", inputs={"comparison": read_manifest(comparison).digest}) as writer:
+        (writer.path / "registration.json").write_text(registration.model_dump_json(indent=1), encoding="utf-8")
     return registration.champion or ""

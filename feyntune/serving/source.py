@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.store import pull
 from feyntune.names import slug
-from feyntune.registry.registry import Registry, Version
+from feyntune.registry.models import Version
+from feyntune.registry.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class RegistrySource:
         self._versions: dict[str, Version] = {}
 
     def marker(self) -> str:
-        return self.registry.marker()
+        return self.registry.revision()
 
     def offer(self) -> Offer:
         """Each variant under its slug (its newest version in production, else its newest), and every alias."""
@@ -73,7 +74,7 @@ class RegistrySource:
         aliases = {slug(a): _offered(state.versions[name]) for a, name in state.aliases.items()}
         staging = [v for v in state.served if v.stage == "staging" and not v.promoted]  # else it was rolled back
         return Offer(
-            marker=state.marker,
+            marker=state.revision,
             names=names | aliases,
             aliases=frozenset(aliases),
             staging=_offered(staging[-1]) if staging else None,

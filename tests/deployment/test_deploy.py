@@ -128,7 +128,7 @@ def test_vllm_gets_every_adapter_with_rank_and_limits(registry):
 
 def test_the_same_registry_renders_the_same_whatever_was_added_first(registry):
     state = Registry.open(registry).snapshot()
-    turned = type(state)(dict(reversed(state.versions.items())), state.aliases, state.history, state.marker)
+    turned = type(state)(dict(reversed(state.versions.items())), state.aliases, state.history, state.revision)
     for wanted in (spec(registry), llm(registry)):
         assert json.dumps(render(wanted, state)) == json.dumps(render(wanted, turned))
 

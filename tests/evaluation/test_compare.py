@@ -255,11 +255,11 @@ def test_memorisation_reaches_the_gate(tmp_path, evaluations, adapters, tiny_spl
         base_perplexity=Perplexity.model_validate(summary["base"]["perplexity"]),
         perplexity=Perplexity.model_validate(variant["perplexity"]),
         delta=Interval.model_validate(variant["delta"]),
-        memorisation=variant["memorisation"],
+        memorization=variant["memorisation"],
     )
-    clauses = {c.clause: c for c in judge(measured, Policy(maximum_memorisation=0.01)).clauses}
-    assert not clauses["maximum_memorisation"].passed
-    assert "memorisation is 0.5" in clauses["maximum_memorisation"].says
+    clauses = {c.clause: c for c in judge(measured, Policy(maximum_memorization=0.01)).clauses}
+    assert not clauses["maximum_memorization"].passed
+    assert "memorization is 0.5" in clauses["maximum_memorization"].message
 
 
 def test_similarity_by_different_models_is_not_compared(tmp_path, evaluations, adapters, tiny_split):

@@ -3,10 +3,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feyntune.errors import UserError
-from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, beats, judge, read_policy
+from feyntune.registry.gate import (
+    Clause,
+    Interval,
+    Measured,
+    Perplexity,
+    Policy,
+    compare_to_champion,
+    judge,
+    read_policy,
+)
 
 
-def measured(mean=-2.0, low=-3.0, high=-1.0, abstracts=100, token=-2.0, test="t", base="b", memorisation=None):
+def measured(mean=-2.0, low=-3.0, high=-1.0, abstracts=100, token=-2.0, test="t", base="b", memorization=None):
     return Measured(
         test=test,
         base=base,
@@ -14,7 +23,7 @@ def measured(mean=-2.0, low=-3.0, high=-1.0, abstracts=100, token=-2.0, test="t"
         base_perplexity=Perplexity(abstract_mean=40, token=38),
         perplexity=Perplexity(abstract_mean=40 + mean, token=38 + token),
         delta=Interval(mean=mean, low=low, high=high),
-        memorisation=memorisation,
+        memorization=memorization,
     )
 
 
@@ -27,8 +36,8 @@ def test_an_interval_below_zero_passes():
 def test_an_interval_that_reaches_zero_is_refused_and_says_by_how_much(high):
     verdict = judge(measured(high=high), Policy())
     assert not verdict.passed
-    says = f"variant minus base is -2, 95 % interval [-3, {high:.4g}]"
-    assert verdict.reasons == [f"{says}: its upper end must lie below 0 and is {high:.4g} above"]
+    message = f"variant minus base is -2, 95 % interval [-3, {high:.4g}]"
+    assert verdict.reasons == [f"{message}: its upper end must lie below 0 and is {high:.4g} above"]
 
 
 @given(
@@ -61,18 +70,18 @@ def test_too_few_abstracts_are_refused_and_counted():
 
 
 def test_every_failed_clause_is_named():
-    verdict = judge(measured(high=1, abstracts=3, memorisation=0.5), Policy(maximum_memorisation=0.1))
+    verdict = judge(measured(high=1, abstracts=3, memorization=0.5), Policy(maximum_memorization=0.1))
     assert [c.clause for c in verdict.clauses if not c.passed] == [
         "below_base",
         "minimum_abstracts",
-        "maximum_memorisation",
+        "maximum_memorization",
     ]
 
 
 @pytest.mark.parametrize(("found", "passes"), [(0.1, True), (0.11, False), (None, False)])
 def test_memorisation_is_held_against_its_maximum_and_must_have_been_measured(found, passes):
-    assert judge(measured(memorisation=found), Policy(maximum_memorisation=0.1)).passed is passes
-    assert judge(measured(memorisation=found), Policy()).passed
+    assert judge(measured(memorization=found), Policy(maximum_memorization=0.1)).passed is passes
+    assert judge(measured(memorization=found), Policy()).passed
 
 
 def test_by_tokens_a_variant_must_gain_by_tokens_too():
@@ -84,28 +93,28 @@ def test_by_tokens_a_variant_must_gain_by_tokens_too():
 
 def test_the_champion_is_replaced_by_a_better_one_only():
     champion = measured(mean=-2)
-    assert beats(measured(mean=-2.5), champion, Policy()).passed
-    assert not beats(measured(mean=-2), champion, Policy()).passed
-    worse = beats(measured(mean=-1.5), champion, Policy())
+    assert compare_to_champion(measured(mean=-2.5), champion, Policy()).passed
+    assert not compare_to_champion(measured(mean=-2), champion, Policy()).passed
+    worse = compare_to_champion(measured(mean=-1.5), champion, Policy())
     assert not worse.passed
-    assert "0.5 above the champion's perplexity" in worse.says
-    assert not beats(measured(mean=-2.5), champion, Policy(margin_over_champion=0.5)).passed
-    assert beats(measured(mean=-2.5), None, Policy()).passed
+    assert "0.5 above the champion's perplexity" in worse.message
+    assert not compare_to_champion(measured(mean=-2.5), champion, Policy(margin_over_champion=0.5)).passed
+    assert compare_to_champion(measured(mean=-2.5), None, Policy()).passed
 
 
 def test_the_metric_decides_what_better_is():
     champion, other = measured(mean=-2, token=-1), measured(mean=-1.5, token=-3)
-    assert not beats(other, champion, Policy()).passed
-    assert beats(other, champion, Policy(metric="token")).passed
+    assert not compare_to_champion(other, champion, Policy()).passed
+    assert compare_to_champion(other, champion, Policy(metric="token")).passed
 
 
 @pytest.mark.parametrize("other", [{"test": "t2"}, {"base": "b2"}])
 def test_a_champion_measured_otherwise_is_replaced_or_kept_as_the_policy_says(other):
     champion = measured(mean=-20)
-    assert beats(measured(**other), champion, Policy()).passed
-    kept = beats(measured(**other), champion, Policy(unlike_champion="keep"))
+    assert compare_to_champion(measured(**other), champion, Policy()).passed
+    kept = compare_to_champion(measured(**other), champion, Policy(on_incomparable_champion="keep"))
     assert not kept.passed
-    assert "another" in kept.says
+    assert "another" in kept.message
 
 
 def test_a_policy_file_is_read(tmp_path):
@@ -117,7 +126,7 @@ def test_a_policy_file_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("minimum_abstract: 3", "minimum_abstract: Extra inputs are not permitted"),
         ("margin_over_base: -1", "margin_over_base: .*greater than or equal to 0"),
@@ -128,10 +137,10 @@ def test_a_policy_file_is_read(tmp_path):
         ("a: [", "is not YAML"),
     ],
 )
-def test_a_wrong_policy_names_its_clause(tmp_path, text, says):
+def test_a_wrong_policy_names_its_clause(tmp_path, text, message):
     path = tmp_path / "gate.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_policy(path)
 
 
@@ -145,4 +154,14 @@ def test_the_readmes_policy_is_one(tmp_path):
 
     example = gate.__doc__.split("# gate.yaml\n")[1].split("\n\n")[0]
     (tmp_path / "gate.yaml").write_text("\n".join(line.strip() for line in example.splitlines()))
-    assert read_policy(tmp_path / "gate.yaml") == Policy(maximum_memorisation=0.01)
+    assert read_policy(tmp_path / "gate.yaml") == Policy(maximum_memorization=0.01)
+
+
+def test_old_names_are_read_from_events_and_explained_in_a_policy(tmp_path):
+    old = measured(memorization=0.5).model_dump()
+    old["memorisation"] = old.pop("memorization")
+    assert Measured.model_validate(old).memorization == 0.5
+    assert Clause.model_validate({"clause": "c", "passed": True, "says": "why"}).message == "why"
+    (tmp_path / "gate.yaml").write_text("unlike_champion: keep\n")
+    with pytest.raises(UserError, match="unlike_champion is now called on_incomparable_champion"):
+        read_policy(tmp_path / "gate.yaml")

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from feyntune.registry.registry import CONFIRMATIONS, ordered
+from feyntune.registry.registry import CONFIRMATIONS
+from feyntune.registry.replay import ordered
 
 
 def even(r: random.Random) -> float:

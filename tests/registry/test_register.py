@@ -77,7 +77,7 @@ def test_only_a_better_one_takes_the_champions_place(tmp_path):
 def test_a_champion_of_another_test_set_is_replaced_unless_the_policy_keeps_it(tmp_path):
     uri, policy = str(tmp_path / "r"), tmp_path / "gate.yaml"
     first = register(*later(tmp_path, {QKV: BETTER}, 1), uri)
-    policy.write_text("unlike_champion: keep\n")
+    policy.write_text("on_incomparable_champion: keep\n")
     kept = register(*later(tmp_path, {QKV: GOOD}, 2, test="f" * 64), uri, policy=policy)
     assert kept.champion_version == first.champion_version
     assert "another test set" in kept.variants[QKV].reasons[0]
@@ -128,7 +128,7 @@ def test_a_race_for_champion_is_decided_again_on_what_the_other_left(tmp_path, m
     done = register(*later(tmp_path, {QKV: GOOD}, 1), uri)
     assert done.champion == ALL
     assert done.variants[QKV].promoted
-    assert any(e.void for e in Registry.open(uri).history())
+    assert any(e.rejected for e in Registry.open(uri).history())
 
 
 def test_the_lineage_goes_from_the_corpus_to_the_comparison(tmp_path, adapters):
@@ -196,7 +196,7 @@ def tensors(**named):
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "message"),
     [
         ({"adapter_model.bin": pickle.dumps({})}, r"adapter_model\.bin is refused: an adapter may hold only"),
         ({"optimizer.pt": b""}, r"optimizer\.pt is refused"),
@@ -215,9 +215,9 @@ def tensors(**named):
         ({"adapter_config.json": config(r=8)}, r"has rank \[4\].* says 8"),
     ],
 )
-def test_anything_but_lora_weights_in_safetensors_is_refused_by_name(tmp_path, adapters, files, says):
+def test_anything_but_lora_weights_in_safetensors_is_refused_by_name(tmp_path, adapters, files, message):
     bad = resealed(adapters[QKV], **files)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         checked_adapter(bad)
 
 

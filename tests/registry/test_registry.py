@@ -16,7 +16,9 @@ from feyntune.artifacts.artifact import ArtifactError, write_artifact
 from feyntune.artifacts.store import FolderStore, StoreError, open_store
 from feyntune.errors import UserError
 from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
-from feyntune.registry.registry import CONFIRMATIONS, Deployment, Registry, Stale, Version, diff
+from feyntune.registry.models import ConflictError, Deployment, Version
+from feyntune.registry.registry import CONFIRMATIONS, Registry
+from feyntune.registry.replay import diff
 from tests.registry.factories import make_adapter
 
 
@@ -83,12 +85,12 @@ def test_what_passed_the_gate_waits_in_staging_and_what_did_not_is_a_candidate(r
 
 def test_what_did_not_pass_the_gate_is_never_promoted(registry, tmp_path):
     (bad,) = registry.add([entry(tmp_path, passes=False)])
-    before = registry.marker()
+    before = registry.revision()
     with pytest.raises(UserError, match=r"did not pass the gate: variant minus base .* is 1 above"):
         registry.promote(bad.name)
-    assert registry.marker() == before
+    assert registry.revision() == before
     # nor by an event written past `promote`
-    with pytest.raises(Stale, match="did not pass the gate"):
+    with pytest.raises(ConflictError, match="did not pass the gate"):
         registry._decide(registry.snapshot(), "promote", versions=[bad.name])
     assert registry.resolve(bad.name).stage == "candidate"
 
@@ -97,9 +99,9 @@ def test_adding_the_same_again_adds_nothing(registry, tmp_path):
     one = entry(tmp_path)
     registry.add([one])
     registry.promote(one[0].name)
-    before = registry.marker()
+    before = registry.revision()
     assert registry.add([one])[0].stage == "production"
-    assert registry.marker() == before
+    assert registry.revision() == before
     assert len(registry.history()) == 2
 
 
@@ -125,9 +127,9 @@ def test_promoting_moves_the_champion_and_its_mixtures(registry, three):
 
 def test_promoting_the_champion_again_changes_nothing(registry, three):
     registry.promote(three[0].name)
-    before = registry.marker()
+    before = registry.revision()
     assert registry.promote(three[0].name).name == three[0].name
-    assert registry.marker() == before
+    assert registry.revision() == before
 
 
 def test_a_rollback_is_one_event_and_takes_the_bad_version_from_every_alias(registry, three):
@@ -193,10 +195,10 @@ def test_names_resolve_to_what_they_say(registry, three):
 def test_the_marker_changes_exactly_when_something_was_decided(registry, three, store_uri):
     reader = Registry.open(store_uri)
     seen = reader.snapshot()
-    assert reader.marker() == seen.marker == reader.snapshot().marker
+    assert reader.revision() == seen.revision == reader.snapshot().revision
     registry.promote(three[0].name)
-    assert reader.marker() != seen.marker
-    assert reader.marker() == reader.snapshot().marker == registry.marker()
+    assert reader.revision() != seen.revision
+    assert reader.revision() == reader.snapshot().revision == registry.revision()
     assert reader.aliases() == registry.aliases()
 
 
@@ -218,7 +220,7 @@ def test_history_says_who_did_what_in_order(registry, three):
     registry.archive(three[2].name)
     kinds = [e.event.kind for e in registry.history()]
     assert kinds == ["add", "add", "add", "promote", "archive"]
-    assert all(e.event.by and e.event.time.endswith("+00:00") and e.void is None for e in registry.history())
+    assert all(e.event.by and e.event.time.endswith("+00:00") and e.rejected is None for e in registry.history())
 
 
 def test_the_adapter_comes_back_as_it_was(registry, three, tmp_path):
@@ -263,10 +265,10 @@ def test_an_event_that_was_changed_or_deleted_is_named(registry, three, store_ur
 
 
 def test_other_objects_among_the_events_are_not_read(registry, three):
-    before = registry.marker()
+    before = registry.revision()
     registry.store.put("events/README.txt", b"hello")
     registry.store.put("events/.DS_Store", b"")
-    assert registry.marker() == before
+    assert registry.revision() == before
     assert len(registry.versions()) == 3
 
 
@@ -292,11 +294,11 @@ def test_a_promotion_decided_on_a_stale_view_is_void_and_its_writer_is_told(regi
     slow = Registry.open(store_uri)
     stale = slow.snapshot()
     registry.promote(first.name)
-    with pytest.raises(Stale, match=f"champion was {first.name} by then, not nobody"):
+    with pytest.raises(ConflictError, match=f"champion was {first.name} by then, not nobody"):
         slow.promote(other.name, seen=stale)
     assert registry.aliases()["champion"] == first.name
     assert registry.resolve(other.name).stage == "staging"
-    assert [e.void is not None for e in registry.history()][-2:] in ([False, True], [True, False])
+    assert [e.rejected is not None for e in registry.history()][-2:] in ([False, True], [True, False])
     slow.promote(other.name)
     assert slow.aliases()["champion"] == other.name
 
@@ -310,7 +312,7 @@ def test_a_write_that_arrives_late_undoes_nothing_decided_meanwhile(registry, th
     registry.rollback()
     before = registry.aliases()
     for name in (second.name, other.name):  # whatever the hash of its event turns out to be
-        with pytest.raises(Stale):
+        with pytest.raises(ConflictError):
             Registry.open(store_uri).promote(name, seen=stale)
     assert registry.aliases() == Registry.open(store_uri).aliases() == before
 
@@ -321,7 +323,7 @@ def test_racing_rollbacks_are_told_what_they_did(registry, three, store_uri):
     with ThreadPoolExecutor(4) as pool:
         tasks = [pool.submit(Registry.open(store_uri).rollback) for _ in range(2)]
     done = [t for t in tasks if t.exception() is None]
-    assert all(isinstance(t.exception(), Stale) for t in tasks if t not in done)
+    assert all(isinstance(t.exception(), ConflictError) for t in tasks if t not in done)
     before = [three[1].name, three[0].name]  # one after the other they are two rollbacks, at once they are one
     assert registry.aliases()["champion"] == before[len(done) - 1]
 
@@ -346,7 +348,7 @@ def _race(env, uri, name, barrier, results):
     try:
         registry.promote(name, seen=seen)
         results.put((name, "done"))
-    except Stale:
+    except ConflictError:
         results.put((name, "stale"))
 
 
@@ -365,7 +367,7 @@ def test_of_racing_processes_one_promotes_and_all_agree(registry, tmp_path, stor
     champion = states[0].aliases["champion"]
     assert [n for n in names if told[n] == "done"] == [champion]
     promotions = [e for e in states[0].history if e.event.kind == "promote"]
-    assert [e.event.versions for e in promotions if e.void is None] == [[champion]]
+    assert [e.event.versions for e in promotions if e.rejected is None] == [[champion]]
     assert "previous" not in states[0].aliases
 
 
@@ -399,7 +401,7 @@ def test_what_racing_writers_are_told_is_what_stands(tmp_path):
             try:
                 Registry(_Unsteady(store, 10 * race + i)).promote(entries[i][0].name, seen=state)
                 return True
-            except Stale:
+            except ConflictError:
                 return False
 
         with ThreadPoolExecutor(4) as pool:
@@ -441,7 +443,7 @@ def _add_and_promote_for_ever(env, uri, folder, started):
     entries = [entry(Path(folder), seed=s) for s in range(40)]
     started.set()
     for e in entries:
-        with contextlib.suppress(Stale):
+        with contextlib.suppress(ConflictError):
             registry.add([e])
             registry.promote(e[0].name)
 

@@ -11,7 +11,8 @@ from feyntune.model.base import folder_digest
 from feyntune.model.load import load_base
 from feyntune.names import slug
 from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
-from feyntune.registry.registry import Registry, Version
+from feyntune.registry.models import Version
+from feyntune.registry.registry import Registry
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 ALL = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
-from feyntune.registry.registry import Event, State, Version, fold, ordered
+from feyntune.registry.models import Event, State, Version
+from feyntune.registry.replay import ordered, replay
 
 _MEASURED = Measured(
     test="t",
@@ -42,7 +43,7 @@ def histories(draw) -> tuple[dict[str, Event], list[str]]:
     """Events of three writers, each of which may have read only what was there some time ago; and their order."""
     events: dict[str, Event] = {}
     landed: list[str] = []
-    first = event(fold({}), "add", add=VERSIONS)
+    first = event(replay({}), "add", add=VERSIONS)
     events["first"] = first
     landed.append("first")
     views = [1, 1, 1]
@@ -50,7 +51,7 @@ def histories(draw) -> tuple[dict[str, Event], list[str]]:
         writer = draw(st.integers(0, 2))
         if draw(st.booleans()):
             views[writer] = len(landed)  # it reads now; otherwise it goes by what it read before
-        seen = fold({n: events[n] for n in landed[: views[writer]]})
+        seen = replay({n: events[n] for n in landed[: views[writer]]})
         kind = draw(st.sampled_from(["promote", "promote", "rollback", "archive", "restore", "confirm"]))
         version = draw(st.sampled_from(VERSIONS))
         alias = draw(st.sampled_from(["champion", f"champion:{version.mixture}"]))
@@ -76,7 +77,7 @@ def histories(draw) -> tuple[dict[str, Event], list[str]]:
 def test_every_reader_of_the_same_events_sees_the_same(history, shuffler: random.Random):
     events, landed = history
     shuffler.shuffle(landed)
-    assert fold({n: events[n] for n in landed}) == fold(events)
+    assert replay({n: events[n] for n in landed}) == replay(events)
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,19 +94,19 @@ def test_every_event_comes_after_all_its_writer_had_seen(history):
 def test_every_decision_that_stands_was_decided_on_what_was_so(history):
     events, _ = history
     holder: dict[str, str | None] = {}
-    for entry in fold(events).history:
-        if entry.void is None:
+    for entry in replay(events).history:
+        if entry.rejected is None:
             for alias, move in entry.event.moves.items():
                 assert holder.get(alias) == move.old
                 holder[alias] = move.new
-    state = fold(events)
+    state = replay(events)
     assert {a: v for a, v in holder.items() if v} == {a: v for a, v in state.aliases.items() if "champion" in a}
 
 
 @settings(max_examples=60, deadline=None)
 @given(histories())
 def test_an_alias_never_names_what_is_not_served(history):
-    state = fold(history[0])
+    state = replay(history[0])
     served = {v.name for v in state.served}
     assert set(state.aliases.values()) <= served
     assert all(state.versions[v].stage == "production" for a, v in state.aliases.items() if "champion" in a)
@@ -116,18 +117,18 @@ def test_an_alias_never_names_what_is_not_served(history):
 def test_what_somebody_built_on_is_not_undone_by_what_arrives_later(history, data):
     """A late event: decided on an old view, so its `seq` lies behind that of the newest event."""
     events, landed = history
-    now = fold(events)
+    now = replay(events)
     top = max(e.seq for e in events.values())
-    old = fold({n: events[n] for n in landed[: data.draw(st.integers(1, len(landed)))]})
+    old = replay({n: events[n] for n in landed[: data.draw(st.integers(1, len(landed)))]})
     if old.seq + 1 >= top:
         return
     version = data.draw(st.sampled_from(VERSIONS))
     move = {"champion": {"old": old.aliases.get("champion"), "new": version.name}}
     late = event(old, "promote", versions=[version.name], moves=move)
     leader = ordered(events)[: ordered(events).index(_newest(events)) + 1]
-    after = fold({**events, data.draw(st.sampled_from(["0", "z"])): late})
-    assert [(e.name, e.void) for e in after.history][: len(leader)] == [
-        (e.name, e.void) for e in now.history[: len(leader)]
+    after = replay({**events, data.draw(st.sampled_from(["0", "z"])): late})
+    assert [(e.name, e.rejected) for e in after.history][: len(leader)] == [
+        (e.name, e.rejected) for e in now.history[: len(leader)]
     ]
 
 
@@ -140,6 +141,6 @@ def test_a_long_history_folds_without_recursion():
     for i in range(3000):
         before = State({}, {}, [], "", seq=i, heads=[f"{i - 1:05d}"] if i else [])
         events[f"{i:05d}"] = event(before, "confirm")
-    state = fold(events)
+    state = replay(events)
     assert state.heads == ["02999"]
     assert [e.name for e in state.history] == sorted(events)
