@@ -87,13 +87,13 @@ def _files(folder: Path) -> list[str]:
 
 
 def _package_versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @dataclass
@@ -122,9 +122,9 @@ def write_artifact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        unsealed = ArtifactWriter(tmp)
-        yield unsealed
-        write_manifest(tmp, kind, inputs, config, unsealed.stats)
+        writer = ArtifactWriter(tmp)
+        yield writer
+        write_manifest(tmp, kind, inputs, config, writer.stats)
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -197,8 +197,8 @@ def open_artifact(folder: str | Path, kind: str | None = None) -> Manifest:
     manifest = read_manifest(folder)
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}: give the folder of the right step.")
-    found = set(_files(folder)) - {MANIFEST}
-    for name in sorted(found ^ set(manifest.files)):
+    present = set(_files(folder)) - {MANIFEST}
+    for name in sorted(present ^ set(manifest.files)):
         what = "is missing" if name in manifest.files else "is not in the manifest"
         raise ArtifactError(f"{folder / name} {what}: the folder was changed after it was sealed, restore it.")
     for name, file in manifest.files.items():

@@ -230,11 +230,13 @@ def push(store: Store, folder: str | Path, name: str) -> Manifest:
     """
     folder = Path(folder)
     manifest = open_artifact(folder)
-    there = stored_manifest(store, name)
-    if there is not None:
-        if there.digest != manifest.digest:
-            raise ArtifactError(f"{store.uri}/{name} already holds another {there.kind}: artifacts are never replaced.")
-        return there
+    existing = stored_manifest(store, name)
+    if existing is not None:
+        if existing.digest != manifest.digest:
+            raise ArtifactError(
+                f"{store.uri}/{name} already holds another {existing.kind}: artifacts are never replaced."
+            )
+        return existing
     for file in manifest.files:
         store.put_file(f"{name}/{file}", folder / file)
     store.put_file(f"{name}/{MANIFEST}", folder / MANIFEST)

@@ -8,7 +8,7 @@ from typing import Any
 from lxml import etree
 
 from feyntune.errors import UserError
-from feyntune.ingestion.fields import BadRecord, Row, Wanted, make_paper
+from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper
 from feyntune.ingestion.tally import OTHER_CATEGORY, Tally
 
 _ID = re.compile(r"https?://arxiv\.org/abs/(.+?)(?:v\d+)?")
@@ -16,7 +16,7 @@ _ARXIV_CATEGORY = re.compile(r"[a-z]+(-[a-z]+)?(\.[A-Za-z-]+)?")  # <category> c
 _RSS_LEAD = re.compile(r"\s*arXiv:\S+\s+Announce Type: \S+\s+Abstract:\s*")
 
 
-def read_atom(path: str | Path, wanted: Wanted, tally: Tally) -> Iterator[Row]:
+def read_atom(path: str | Path, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
     """The papers of an Atom feed, entry by entry.
 
     Raises:
@@ -43,7 +43,7 @@ def read_atom(path: str | Path, wanted: Wanted, tally: Tally) -> Iterator[Row]:
             except BadRecord as e:
                 tally.bad(f"{path.name}:{last}", str(e))
             else:
-                if wanted.takes(row.paper.primary):
+                if categories.accepts(row.paper.primary):
                     yield row
                 else:
                     tally.left_out[OTHER_CATEGORY] += 1
@@ -55,9 +55,9 @@ def read_atom(path: str | Path, wanted: Wanted, tally: Tally) -> Iterator[Row]:
 def _row(entry: Any) -> Row:
     address = entry.findtext("{*}id") or ""
     if "/api/errors" in address:
-        said = " ".join((entry.findtext("{*}summary") or "").split())
-        raise UserError(f"The Atom file holds arXiv's error message ({said}): correct the query, fetch it again.")
-    found = _ID.fullmatch(address.strip())
+        message = " ".join((entry.findtext("{*}summary") or "").split())
+        raise UserError(f"The Atom file holds arXiv's error message ({message}): correct the query, fetch it again.")
+    match = _ID.fullmatch(address.strip())
     primary = entry.find("{*}primary_category")
     terms = [c.get("term", "") for c in entry.iterfind("{*}category")]
     categories = [t for t in terms if _ARXIV_CATEGORY.fullmatch(t)]
@@ -66,7 +66,7 @@ def _row(entry: Any) -> Row:
         categories = [first, *(c for c in categories if c != first)]
     paper = make_paper(
         source="atom",
-        id=found[1] if found else address,
+        id=match[1] if match else address,
         categories=" ".join(categories),
         title=entry.findtext("{*}title"),
         abstract=_RSS_LEAD.sub("", entry.findtext("{*}summary") or "", count=1),

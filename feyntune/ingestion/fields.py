@@ -43,7 +43,7 @@ class Row(NamedTuple):
     left_out: str = ""  # why the paper is not kept (tally.DELETED, tally.OTHER_CATEGORY): only its id counts then
 
 
-class Wanted:
+class CategoryFilter:
     """Which primary categories to keep: every one, or those named.
 
     A name is a whole archive (`q-bio` takes q-bio, q-bio.NC, ...) or one category (`cs.LG`). Both are matched
@@ -65,7 +65,7 @@ class Wanted:
         if self.names is not None and not self.names:
             raise UserError("The list of categories is empty: name at least one, or leave the option out.")
 
-    def takes(self, primary: str) -> bool:
+    def accepts(self, primary: str) -> bool:
         """Whether papers of this primary category (dead archives mapped or not) are kept."""
         if self.names is None:
             return True
@@ -145,10 +145,10 @@ def parse_date(text: Any) -> date:
     if not isinstance(text, str):
         raise BadRecord("no date of version 1")
     try:
-        if found := _RFC822.match(text):
-            return date(int(found[3]), _MONTHS[found[2]], int(found[1]))
-        if found := _ISO.fullmatch(text):
-            return date(int(found[1]), int(found[2]), int(found[3]))
+        if match := _RFC822.match(text):
+            return date(int(match[3]), _MONTHS[match[2]], int(match[1]))
+        if match := _ISO.fullmatch(text):
+            return date(int(match[1]), int(match[2]), int(match[3]))
     except (ValueError, KeyError):
         pass
     raise BadRecord("not a date")

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from feyntune.artifacts.artifact import Manifest, read_manifest, write_artifact
 from feyntune.artifacts.records import TEXT_FORM
 from feyntune.errors import UserError
-from feyntune.ingestion.fields import Row, Wanted, parse_day
+from feyntune.ingestion.fields import CategoryFilter, Row, parse_day
 from feyntune.ingestion.sorting import write_sorted
 from feyntune.ingestion.tally import AFTER_CUT_OFF, DELETED, OTHER_CATEGORY, REPEATED, Tally
 from feyntune.telemetry import log, progress
@@ -50,7 +50,7 @@ def ingest(
         prefix: OAI metadata format, `arXivRaw` or `arXiv`.
         since: harvest only records changed on this day (YYYY-MM-DD) or later.
         delay: seconds between OAI requests; arXiv's terms ask for 3.
-        state: folder in which a harvest is kept, to go on where it was and later to fetch only what changed;
+        state: folder in which a harvest is kept, to resume it, and later to fetch only what changed;
             default `OUT.harvest`.
 
     Raises:
@@ -59,7 +59,7 @@ def ingest(
     """
     started = time.monotonic()
     out = Path(out)
-    wanted = Wanted(categories)
+    category_filter = CategoryFilter(categories)
     last_day = parse_day("until", until)
     if not 0 <= max_bad <= 1:
         raise UserError(f"max_bad is {max_bad}, not a share: give a number between 0 and 1, such as 0.001.")
@@ -76,13 +76,13 @@ def ingest(
     if kind == "kaggle":
         from feyntune.ingestion.kaggle import read_kaggle
 
-        rows = read_kaggle(where, wanted, tally)
+        rows = read_kaggle(where, category_filter, tally)
     elif kind == "atom":
         from feyntune.ingestion.atom import read_atom
 
-        rows = read_atom(where, wanted, tally)
+        rows = read_atom(where, category_filter, tally)
     elif kind == "synthetic":
-        rows = _synthetic(where, wanted, tally)
+        rows = _synthetic(where, category_filter, tally)
     else:
         from feyntune.ingestion.oai import Harvest
 
@@ -96,7 +96,7 @@ def ingest(
             delay=delay,
         )
         harvest.run()
-        rows = harvest.papers(wanted, tally)
+        rows = harvest.papers(category_filter, tally)
 
     with write_artifact(out, "corpus", config=config) as folder:
         counts = _Counts()
@@ -117,7 +117,7 @@ def ingest(
     return read_manifest(out)
 
 
-def _synthetic(text: str, wanted: Wanted, tally: Tally) -> Iterator[Row]:
+def _synthetic(text: str, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
     """`N` or `N:SEED` records of the generator, read as the Kaggle file they would be."""
     import orjson
 
@@ -128,17 +128,17 @@ def _synthetic(text: str, wanted: Wanted, tally: Tally) -> Iterator[Row]:
     if not n.isdecimal() or not (seed or "0").isdecimal() or int(n) == 0:
         raise UserError(f"Source synthetic:{text}: write synthetic:N, or synthetic:N:SEED, with whole numbers.")
     lines = (orjson.dumps(record) + b"\n" for record in synthetic_records(int(n), int(seed or "0")))
-    return read_lines(lines, "synthetic", wanted, tally, source="synthetic")
+    return read_lines(lines, "synthetic", categories, tally, source="synthetic")
 
 
 def _up_to(rows: Iterator[Row], last_day: date | None, tally: Tally) -> Iterator[Row]:
     """The rows submitted up to `last_day`, with progress shown."""
-    with progress("ingest", None, "records") as shown:
-        said = 0
+    with progress("ingest", None, "records") as bar:
+        reported = 0
         for k, row in enumerate(rows):
             if k % 1000 == 0:
-                shown.advance(tally.read - said)
-                said = tally.read
+                bar.advance(tally.read - reported)
+                reported = tally.read
             if last_day is not None and row.left_out != OTHER_CATEGORY and row.paper.date > last_day:
                 tally.left_out[AFTER_CUT_OFF] += 1
                 continue

@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 
 from feyntune.errors import UserError
-from feyntune.ingestion.fields import BadRecord, Row, Wanted, make_paper
+from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper
 from feyntune.ingestion.tally import OTHER_CATEGORY, Tally
 
 _BLOCK = 1 << 18  # bytes read at a time: they stay in the cache
@@ -25,8 +25,8 @@ _SPELLINGS = 100_000  # of `categories` remembered
 _LONGEST_LINE = 1 << 24  # bytes; what is longer is no record, and would be held in memory whole
 
 
-def read_kaggle(path: str | Path, wanted: Wanted, tally: Tally) -> Iterator[Row]:
-    """The papers of a snapshot (`.json`, `.jsonl`, in a `.zip`, `.gz` or `.zst`) whose primary category is wanted.
+def read_kaggle(path: str | Path, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
+    """The papers of a snapshot (`.json`, `.jsonl`, in a `.zip`, `.gz` or `.zst`) whose primary category is categories.
 
     Lines that are no usable record are counted in `tally` with file, line and reason. Of a line that belongs
     to a category not asked for, nothing else is looked at.
@@ -38,13 +38,13 @@ def read_kaggle(path: str | Path, wanted: Wanted, tally: Tally) -> Iterator[Row]
     path = Path(path)
     with _open(path) as file:
         try:
-            yield from read_lines(_blocks(file), path.name, wanted, tally)
+            yield from read_lines(_blocks(file), path.name, categories, tally)
         except (EOFError, zipfile.BadZipFile, zlib.error, OSError) as e:
             raise UserError(f"{path} is damaged or cut short after line {tally.read:,} ({e}): fetch it again.") from e
 
 
 def read_lines(
-    blocks: Iterable[bytes], name: str, wanted: Wanted, tally: Tally, source: str = "kaggle"
+    blocks: Iterable[bytes], name: str, categories: CategoryFilter, tally: Tally, source: str = "kaggle"
 ) -> Iterator[Row]:
     """The papers in `blocks` of whole lines; `name` is said where a line is bad.
 
@@ -62,7 +62,7 @@ def read_lines(
         blank = unended = 0
         if len(taken) > _SPELLINGS:
             taken.clear()
-        for number, start, end in _to_decode(block, wanted, tally, taken):
+        for number, start, end in _to_decode(block, categories, tally, taken):
             if start == end:
                 continue
             line = block[start:end]
@@ -76,7 +76,7 @@ def read_lines(
                 else:
                     tally.bad(f"{name}:{before + number}", str(e))
                 continue
-            if wanted.takes(row.paper.primary):
+            if categories.accepts(row.paper.primary):
                 yield row
             else:
                 tally.left_out[OTHER_CATEGORY] += 1
@@ -122,7 +122,9 @@ def _first_version(versions: Any) -> Any:
 _KEY = b'"categories"'
 
 
-def _to_decode(block: bytes, wanted: Wanted, tally: Tally, taken: dict[bytes, bool]) -> Iterator[tuple[int, int, int]]:
+def _to_decode(
+    block: bytes, categories: CategoryFilter, tally: Tally, taken: dict[bytes, bool]
+) -> Iterator[tuple[int, int, int]]:
     r"""Number in the block, start and end of every line that may hold a paper wanted; start == end ends the block.
 
     A line is passed over only if its key `categories` can be told from its bytes and has an unwanted value.
@@ -135,7 +137,7 @@ def _to_decode(block: bytes, wanted: Wanted, tally: Tally, taken: dict[bytes, bo
     find, starts, read, left_out = block.find, block.startswith, tally.read, 0
     start = number = 0
     size = len(block)
-    key = find(_KEY) if wanted.names is not None else -1
+    key = find(_KEY) if categories.names is not None else -1
     while start < size:
         end = find(b"\n", start) + 1 or size
         number += 1
@@ -147,7 +149,7 @@ def _to_decode(block: bytes, wanted: Wanted, tally: Tally, taken: dict[bytes, bo
                 value = block[at : find(b'"', at)] if at > key + 12 else b""
                 keep = taken.get(value)
                 if keep is None:
-                    keep = taken[value] = _may_take(value, wanted)
+                    keep = taken[value] = _may_accept(value, categories)
                 if not keep:
                     left_out += 1
                     start, key = end, again
@@ -164,12 +166,12 @@ def _to_decode(block: bytes, wanted: Wanted, tally: Tally, taken: dict[bytes, bo
     yield number, size, size
 
 
-def _may_take(value: bytes, wanted: Wanted) -> bool:
+def _may_accept(value: bytes, categories: CategoryFilter) -> bool:
     """Whether a line may be wanted whose `categories` are spelled so; yes where that is not plain to see."""
     words = value.split(None, 1)
     if not words or not value.isascii() or b"\\" in value:
         return True
-    return wanted.takes(words[0].decode("ascii"))
+    return categories.accepts(words[0].decode("ascii"))
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
@@ -212,8 +214,8 @@ def _member(path: Path) -> IO[bytes]:
         raise UserError(f"{path} is damaged or cut short ({e}): fetch it again.") from e
     names = [n for n in archive.namelist() if n.endswith((".json", ".jsonl")) and not n.startswith("__MACOSX/")]
     if len(names) != 1:
-        found = ", ".join(names) or "none"
-        raise UserError(f"{path} must hold one .json or .jsonl file (it holds: {found}): unpack it, name the file.")
+        members = ", ".join(names) or "none"
+        raise UserError(f"{path} must hold one .json or .jsonl file (it holds: {members}): unpack it, name the file.")
     return archive.open(names[0])
 
 

@@ -1,7 +1,7 @@
 """Harvesting over OAI-PMH 2.0: pages are kept as they came, and read into papers afterwards.
 
 A harvest lives in a folder: `pages/000001.xml.zst, ...` and `harvest.json`, which is replaced after each page
-and says what to ask for next. So a harvest that dies goes on with the page it was at, and a later one asks
+and says what to ask for next. So a harvest that dies resumes with the page it was at, and a later one asks
 only for what changed since.
 """
 
@@ -20,7 +20,7 @@ from lxml import etree
 
 from feyntune.artifacts.records import SOURCES, Paper
 from feyntune.errors import UserError
-from feyntune.ingestion.fields import BadRecord, Row, Wanted, make_paper, parse_id
+from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper, parse_id
 from feyntune.ingestion.tally import DELETED, OTHER_CATEGORY, Tally
 from feyntune.telemetry import log, progress
 
@@ -62,13 +62,13 @@ class Harvest:
         self.folder = Path(state)
         self.pages = self.folder / "pages"
         self.pages.mkdir(parents=True, exist_ok=True)
-        asked = {"url": url, "prefix": prefix, "set": oai_set, "since": since.isoformat() if since else None}
-        self.asked = asked
-        self.memory = self._load(asked)
+        request = {"url": url, "prefix": prefix, "set": oai_set, "since": since.isoformat() if since else None}
+        self.request = request
+        self.state = self._load(request)
         self.http = urllib3.PoolManager(
             num_pools=1,
             maxsize=1,
-            retries=_Patience(
+            retries=_PatientRetry(
                 total=8,
                 status_forcelist=(429, 500, 502, 503, 504),
                 allowed_methods=("GET",),
@@ -88,25 +88,25 @@ class Harvest:
 
         Raises:
             UserError: the server cannot be reached, refuses, or answers with something else than OAI-PMH. What
-                was fetched stays in the folder, and the next run goes on from there.
+                was fetched stays in the folder, and the next run resumes from it.
         """
-        with progress("harvest", None, "pages") as shown:
-            if self.memory["pass"] is None:
-                self._begin(self.memory["next_from"])
-            while self.memory["pass"] is not None:
-                pages_before = self.memory["pages"]
-                first_page = self.memory["pass"]["pages"] == 0
+        with progress("harvest", None, "pages") as bar:
+            if self.state["pass"] is None:
+                self._begin(self.state["next_from"])
+            while self.state["pass"] is not None:
+                pages_before = self.state["pages"]
+                first_page = self.state["pass"]["pages"] == 0
                 self._step()
-                shown.advance(self.memory["pages"] - pages_before)
-                if self.memory["pass"] is None and not first_page and not self.memory["catching_up"]:
-                    self.memory["catching_up"] = True
-                    self._begin(self.memory["next_from"])
-            self.memory["catching_up"] = False
+                bar.advance(self.state["pages"] - pages_before)
+                if self.state["pass"] is None and not first_page and not self.state["catching_up"]:
+                    self.state["catching_up"] = True
+                    self._begin(self.state["next_from"])
+            self.state["catching_up"] = False
             self._save()
 
-    def papers(self, wanted: Wanted, tally: Tally) -> Iterator[Row]:
+    def papers(self, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
         """The papers of all pages, in the order they were fetched; the same paper can come more than once."""
-        for number in range(1, self.memory["pages"] + 1):
+        for number in range(1, self.state["pages"] + 1):
             page = self.pages / f"{number:06d}.xml.zst"
             try:
                 root = _parse(zstandard.ZstdDecompressor().decompressobj().decompress(page.read_bytes()))
@@ -120,14 +120,18 @@ class Harvest:
                     identifier = record.findtext("{*}header/{*}identifier", "")
                     tally.bad(f"{page.name}:{record.sourceline} {identifier}".strip(), str(e))
                     continue
-                # Passed on all the same: the paper may have been in a wanted category before.
-                yield row if row.left_out or wanted.takes(row.paper.primary) else row._replace(left_out=OTHER_CATEGORY)
+                # Passed on all the same: the paper may have been in a category asked for before.
+                yield (
+                    row
+                    if row.left_out or categories.accepts(row.paper.primary)
+                    else row._replace(left_out=OTHER_CATEGORY)
+                )
 
     # --- one pass over a list of records ---
 
     def _begin(self, since: str | None) -> None:
         """Start a pass over everything changed on the day `since` or later."""
-        self.memory["pass"] = {
+        self.state["pass"] = {
             "from": since,
             "token": None,
             "pages": 0,
@@ -139,13 +143,13 @@ class Harvest:
 
     def _step(self) -> None:
         """Fetch one page of the pass and remember it."""
-        current = self.memory["pass"]
+        current = self.state["pass"]
         if current["token"]:
             arguments = {"verb": "ListRecords", "resumptionToken": current["token"]}
         else:
-            arguments = {"verb": "ListRecords", "metadataPrefix": self.asked["prefix"]}
-            if self.asked["set"]:
-                arguments["set"] = self.asked["set"]
+            arguments = {"verb": "ListRecords", "metadataPrefix": self.request["prefix"]}
+            if self.request["set"]:
+                arguments["set"] = self.request["set"]
             if current["from"]:
                 arguments["from"] = current["from"]
         body, root = self._get(arguments)
@@ -154,8 +158,8 @@ class Harvest:
             self._restart(errors["badResumptionToken"])
             return
         if errors and set(errors) != {"noRecordsMatch"}:
-            said = "; ".join(f"{code}: {text}" for code, text in errors.items())
-            raise UserError(f"{self.url} refused {arguments} ({said}): change the set, the prefix or the dates.")
+            reason = "; ".join(f"{code}: {text}" for code, text in errors.items())
+            raise UserError(f"{self.url} refused {arguments} ({reason}): change the set, the prefix or the dates.")
         current["started"] = current["started"] or root.findtext("{*}responseDate", "")[:10] or None
         if not errors:
             stamps = [e.text or "" for e in root.iterfind("{*}ListRecords/{*}record/{*}header/{*}datestamp")]
@@ -168,27 +172,27 @@ class Harvest:
             self._keep(body)
         token = (root.findtext("{*}ListRecords/{*}resumptionToken") or "").strip()
         if token and token == current["token"]:
-            raise UserError(f"{self.url} gave the same resumptionToken twice and would never end: report it to them.")
+            raise UserError(f"{self.url} gave the same resumptionToken twice and never ends: report it to them.")
         current["token"] = token or None
         if not token:
-            self.memory["next_from"] = current["started"] or self.memory["next_from"]
-            self.memory["pass"] = None
+            self.state["next_from"] = current["started"] or self.state["next_from"]
+            self.state["pass"] = None
         self._save()
 
-    def _restart(self, said: str) -> None:
+    def _restart(self, reason: str) -> None:
         """Ask for the list again, without its expired token, from the last day seen.
 
         The token's offset means nothing in a new list. Where the days of this list did not come in order, the
         last one seen says nothing about what is missing, so the pass begins again; repeats do no harm.
         """
-        current = self.memory["pass"]
+        current = self.state["pass"]
         current["restarts"] += 1
         if current["restarts"] > _RESTARTS:
-            raise UserError(f"{self.url} does not accept its own resumptionTokens ({said}): try again later.")
+            raise UserError(f"{self.url} does not accept its own resumptionTokens ({reason}): try again later.")
         if current["in_order"] and current["newest"]:
             current["from"] = current["newest"]
         current["token"] = None
-        log.info("the resumptionToken has expired (%s): going on from %s", said, current["from"] or "the beginning")
+        log.info("the resumptionToken has expired (%s): resuming from %s", reason, current["from"] or "the beginning")
         self._save()
 
     def _get(self, arguments: dict[str, str]) -> tuple[bytes, Any]:
@@ -200,7 +204,7 @@ class Harvest:
                 answer = self.http.request("GET", self.url, fields=arguments)
             except urllib3.exceptions.HTTPError as e:
                 cause = getattr(e, "reason", None) or e
-                raise UserError(f"{self.url} cannot be harvested now ({cause}): run again later to go on.") from e
+                raise UserError(f"{self.url} cannot be harvested now ({cause}): run again later to resume.") from e
             finally:
                 self.last_request = time.monotonic()
             if answer.status != 200:
@@ -210,40 +214,40 @@ class Harvest:
             except _Malformed as e:
                 problem = str(e)
                 log.warning("%s answered with a page that cannot be read (%s): asking again", self.url, problem)
-        raise UserError(f"{self.url} answered {_TRIES} times with no OAI-PMH ({problem}): run again later to go on.")
+        raise UserError(f"{self.url} answered {_TRIES} times with no OAI-PMH ({problem}): run again later to resume.")
 
     # --- the folder ---
 
-    def _load(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         file = self.folder / "harvest.json"
         if not file.exists():
-            fresh = {"asked": asked, "pages": 0, "next_from": asked["since"], "catching_up": False, "pass": None}
+            fresh = {"asked": request, "pages": 0, "next_from": request["since"], "catching_up": False, "pass": None}
             return fresh
         memory = json.loads(file.read_text())
-        if memory["asked"] != asked:
+        if memory["asked"] != request:
             raise UserError(
-                f"{self.folder} holds a harvest of {memory['asked']}, not of {asked}: give another --state."
+                f"{self.folder} holds a harvest of {memory['asked']}, not of {request}: give another --state."
             )
         return memory
 
     def _keep(self, body: bytes) -> None:
         """Put the page where `harvest.json` will count it; until then it may be overwritten."""
-        page = self.pages / f"{self.memory['pages'] + 1:06d}.xml.zst"
+        page = self.pages / f"{self.state['pages'] + 1:06d}.xml.zst"
         _write(page, zstandard.ZstdCompressor(level=6).compress(body))
-        self.memory["pages"] += 1
+        self.state["pages"] += 1
 
     def _save(self) -> None:
-        _write(self.folder / "harvest.json", json.dumps(self.memory, indent=1).encode())
+        _write(self.folder / "harvest.json", json.dumps(self.state, indent=1).encode())
 
 
-class _Patience(urllib3.Retry):
+class _PatientRetry(urllib3.Retry):
     """urllib3's retries, never sooner than `delay` seconds after the failure."""
 
     def __init__(self, *args: Any, delay: float, **options: Any):
         super().__init__(*args, **options)
         self.delay = delay
 
-    def new(self, **options: Any) -> "_Patience":
+    def new(self, **options: Any) -> "_PatientRetry":
         return super().new(delay=self.delay, **options)
 
     def get_backoff_time(self) -> float:

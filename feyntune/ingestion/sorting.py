@@ -40,7 +40,7 @@ def write_sorted(
     `scratch` is a folder for the runs. `seen` is called for every part of the output with the part and how many
     records were left out of it, by reason.
 
-    When `rows` raises, what came before is written and then the exception goes on.
+    When `rows` raises, what came before is written, then the exception is raised again.
     """
     runs = _Runs(scratch)
     try:
@@ -51,12 +51,12 @@ def write_sorted(
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
             for table in runs.ranges():
                 first = _first_of_each_id(table)
-                kept = first.filter(pc.equal(first["left_out"], "")).select(SCHEMA.names).cast(SCHEMA)
-                if kept.num_rows:
-                    writer.write_table(kept)
+                papers = first.filter(pc.equal(first["left_out"], "")).select(SCHEMA.names).cast(SCHEMA)
+                if papers.num_rows:
+                    writer.write_table(papers)
                 left_out = Counter({REPEATED: table.num_rows - first.num_rows})
                 reasons = pc.value_counts(first["left_out"]).to_pylist()
-                seen(kept, left_out + Counter({r["values"]: r["counts"] for r in reasons if r["values"]}))
+                seen(papers, left_out + Counter({r["values"]: r["counts"] for r in reasons if r["values"]}))
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:

@@ -53,7 +53,7 @@ def preflight(
     """
     setup()
     from feyntune.evaluation.config import EvaluateConfig
-    from feyntune.ingestion.fields import Wanted, parse_day
+    from feyntune.ingestion.fields import CategoryFilter, parse_day
     from feyntune.training.config import parse_config
 
     names = select_variants(variants)
@@ -68,9 +68,9 @@ def preflight(
         raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
     for name, day in (days or {}).items():
         parse_day(name, day or None)
-    read = Wanted(categories)
+    read = CategoryFilter(categories)
     for category in scored:
-        if not read.takes(category) and not any(c.startswith(f"{category}.") for c in read.names or ()):
+        if not read.accepts(category) and not any(c.startswith(f"{category}.") for c in read.names or ()):
             raise UserError(
                 f"recipe.evaluate.categories: {category} is not among what is ingested "
                 f"(categories: {', '.join(sorted(read.names or ()))})."

@@ -145,12 +145,12 @@ class State:
         if name in self.aliases:
             return self.versions[self.aliases[name]]
         variant, _, prefix = name.partition("@")
-        found = [v for v in self.served if variant in (v.variant, slug(v.variant))]
+        matches = [v for v in self.served if variant in (v.variant, slug(v.variant))]
         if "@" in name:
-            found = [v for v in found if len(prefix) >= 4 and v.digest.startswith(prefix)]
-            if len(found) > 1:
-                raise UserError(f"{name} means {len(found)} versions: give more digits of the digest.")
-        if not found:
+            matches = [v for v in matches if len(prefix) >= 4 and v.digest.startswith(prefix)]
+            if len(matches) > 1:
+                raise UserError(f"{name} means {len(matches)} versions: give more digits of the digest.")
+        if not matches:
             known = [*self.aliases, *dict.fromkeys(v.variant for v in self.served)]
             raise UserError(f"{name!r} is not in the registry; it has: {', '.join(known) or 'nothing yet'}.")
-        return ([v for v in found if v.stage == "production"] or found)[-1]
+        return ([v for v in matches if v.stage == "production"] or matches)[-1]

@@ -93,8 +93,8 @@ class Registry:
         adapters = list(adapters)
         new = []
         for version, adapter, card in adapters:
-            there = seen.versions.get(version.name)
-            if there is None or (there.card, there.verdict) != (version.card, version.verdict):
+            existing = seen.versions.get(version.name)
+            if existing is None or (existing.card, existing.verdict) != (version.card, version.verdict):
                 push(self.store, adapter, version.adapter)
                 push(self.store, card, version.card)
                 new.append(version)
@@ -177,10 +177,10 @@ class Registry:
     def restore(self, name: str) -> Version:
         """Serve an archived version again, by its full name VARIANT@DIGEST."""
         seen = self.snapshot()
-        found = [v for v in seen.versions.values() if v.stage == "archived" and v.name.startswith(name)]
-        if len(found) != 1:
-            raise UserError(f"{name!r} names {len(found)} archived versions: give VARIANT@DIGEST of one.")
-        return self._decide(seen, "restore", versions=[found[0].name]).versions[found[0].name]
+        matches = [v for v in seen.versions.values() if v.stage == "archived" and v.name.startswith(name)]
+        if len(matches) != 1:
+            raise UserError(f"{name!r} names {len(matches)} archived versions: give VARIANT@DIGEST of one.")
+        return self._decide(seen, "restore", versions=[matches[0].name]).versions[matches[0].name]
 
     def record_deployment(self, deployment: Deployment) -> None:
         """Write down that `deployment` answers, as the end of the lineage."""

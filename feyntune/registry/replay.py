@@ -96,10 +96,10 @@ def _apply(event: Event, versions: dict[str, Version], stacks: dict[str, list[st
         versions[name] = versions[name].model_copy(update=fields)
 
     for new in event.add:
-        there = versions.get(new.name)
+        existing = versions.get(new.name)
         keep = {"stage": "candidate", "added": event.time, "promoted": ""}
-        if there:
-            keep = {"stage": there.stage, "added": there.added, "promoted": there.promoted}
+        if existing:
+            keep = {"stage": existing.stage, "added": existing.added, "promoted": existing.promoted}
         versions[new.name] = new.model_copy(update=keep)
         if versions[new.name].stage in ("candidate", "staging"):
             update(new.name, stage="staging" if new.verdict.passed else "candidate")

@@ -83,25 +83,25 @@ def assign(
             if result.split[i] == EXCLUDED:
                 result.reasons[i] = (BEFORE, [])
 
-    neighbours: dict[int, list[int]] = defaultdict(list)
+    near_texts: dict[int, list[int]] = defaultdict(list)
     for a, b in pairs.tolist():
-        neighbours[a].append(b)
-        neighbours[b].append(a)
+        near_texts[a].append(b)
+        near_texts[b].append(a)
     times = np.bincount(text, minlength=1)
-    company = (times[text] > 1) | np.isin(text, pairs.ravel())  # the others repeat nothing: done above
+    repeated = (times[text] > 1) | np.isin(text, pairs.ravel())  # the others repeat nothing: done above
 
     # Of two pinned papers that a revision has made near-duplicates, the one whose loss costs least goes.
     protected = {s: k for k, s in enumerate(("test", HOLDOUT, "validation", "train"))}
     position = np.empty(len(ids), dtype=np.int64)
     position[np.lexsort((np.array(ids), days))] = np.arange(len(ids))
     order = sorted(
-        np.flatnonzero(company).tolist(),
+        np.flatnonzero(repeated).tolist(),
         key=lambda i: (protected.get(result.split[i], 9) if ids[i] in pinned else 10, position[i]),
     )
     seen: dict[int, dict[str, int]] = defaultdict(dict)  # text -> split or _OLD -> the first paper of it
     for i in order:
         near: dict[str, int] = {}
-        for t in (int(text[i]), *neighbours[int(text[i])]):
+        for t in (int(text[i]), *near_texts[int(text[i])]):
             for s, j in seen[t].items():
                 near[s] = min(near.get(s, j), j, key=lambda k: position[k])
         repeats = {s: j for s, j in near.items() if s in SPLITS}
@@ -126,9 +126,9 @@ def assign(
             result.reasons[i] = (reason, [ids[j] for j in sorted(set(near.values()), key=lambda j: position[j])])
         if near and not was_pinned:
             result.cluster[i] = result.cluster[min(near.values(), key=lambda j: position[j])]
-        mine = seen[int(text[i])]
+        of_text = seen[int(text[i])]
         if result.split[i] != EXCLUDED:
-            mine.setdefault(result.split[i], i)
+            of_text.setdefault(result.split[i], i)
         if not newer[i]:
-            mine[_OLD] = min(mine.get(_OLD, i), i, key=lambda k: position[k])
+            of_text[_OLD] = min(of_text.get(_OLD, i), i, key=lambda k: position[k])
     return result

@@ -1,4 +1,4 @@
-"""The proof that no training set holds a held-out paper or a near-duplicate of one.
+"""The check that no training set holds a held-out paper or a near-duplicate of one.
 
 It reads the written files and nothing else, and finds near-duplicates by another method than the one that made
 the split: an exact set-similarity join instead of MinHash, so what MinHash missed is found here.
@@ -25,7 +25,7 @@ _BUCKETS = 1 << 22
 _BITS = 512
 
 
-def prove(folder: str | Path, threshold: float = THRESHOLD) -> dict[str, Any]:
+def verify_no_leakage(folder: str | Path, threshold: float = THRESHOLD) -> dict[str, Any]:
     """Check `papers.parquet` and `mixtures.parquet` of a split; returns what was compared.
 
     Checked: identifiers are unique; every drawn paper is in the corpus, not withdrawn, drawn once a mixture
@@ -73,11 +73,11 @@ def prove(folder: str | Path, threshold: float = THRESHOLD) -> dict[str, Any]:
     }
 
 
-def _require(found: Any, what: str, separator: str = ", ") -> None:
-    if len(found):
-        some = separator.join(map(str, found[:5])) + (" ..." if len(found) > 5 else "")
+def _require(rows: Any, what: str, separator: str = ", ") -> None:
+    if len(rows):
+        some = separator.join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
         raise UserError(
-            f"The split's audit fails: {len(found)} {what}: {some}. Train nothing on it, make it again from its corpus."
+            f"The split's audit fails: {len(rows)} {what}: {some}. Train nothing on it, make it again from its corpus."
         )
 
 
@@ -122,8 +122,8 @@ def _near_duplicates_across(path: Path, side: np.ndarray, threshold: float) -> t
         common = (size[a] + size[b] - differ) // 2
         keep = common >= threshold * (size[a] + size[b] - common) - 1e-9
         codes.append(np.minimum(a, b)[keep] * len(side) + np.maximum(a, b)[keep])
-    found = np.unique(np.concatenate(codes))
-    pairs = np.stack([found // max(len(side), 1), found % max(len(side), 1)], axis=1)
+    codes_met = np.unique(np.concatenate(codes))
+    pairs = np.stack([codes_met // max(len(side), 1), codes_met % max(len(side), 1)], axis=1)
 
     start_of = dict(zip(rows.tolist(), starts.tolist(), strict=False))
     near = []
@@ -136,8 +136,8 @@ def _near_duplicates_across(path: Path, side: np.ndarray, threshold: float) -> t
     return near, met
 
 
-def _shingled(path: Path, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The hashed shingles of the wanted rows: runs of 3 words, lower case, without punctuation.
+def _shingled(path: Path, selected: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The hashed shingles of the selected rows: runs of 3 words, lower case, without punctuation.
 
     Returns:
         rows [texts]; starts [texts + 1]; shingles, of which [starts[k] : starts[k + 1]] are those of rows[k],
@@ -148,13 +148,13 @@ def _shingled(path: Path, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     i = 0
     for batch in pq.ParquetFile(path).iter_batches(batch_size=4096, columns=["abstract"]):
         texts = batch.column(0).to_pylist()
-        words = [_WORD.findall(t.lower()) if wanted[i + k] else [] for k, t in enumerate(texts)]
+        words = [_WORD.findall(t.lower()) if selected[i + k] else [] for k, t in enumerate(texts)]
         code = {w: _hash(w) for w in {w for ws in words for w in ws}}
         codes = np.fromiter((code[w] for ws in words for w in ws), np.uint64)
         runs = codes[:-2] * _MIX[0] + codes[1:-1] * _MIX[1] + codes[2:] * _MIX[2]
         done = 0
         for k, ws in enumerate(words):
-            if wanted[i + k]:
+            if selected[i + k]:
                 rows.append(i + k)
                 short = [_hash(" ".join(ws) or texts[k])]
                 few = len(ws) < len(_MIX)

@@ -121,8 +121,8 @@ def _candidates(signatures: np.ndarray, threshold: float) -> np.ndarray:
         for a, b in equal_pairs(key):
             alike = (signatures[a] == signatures[b]).mean(axis=1) >= threshold - MARGIN
             codes.append(np.minimum(a, b)[alike] * n + np.maximum(a, b)[alike])
-    found = np.unique(np.concatenate(codes))
-    return np.stack([found // n, found % n], axis=1) if n else np.empty((0, 2), dtype=np.int64)
+    codes_met = np.unique(np.concatenate(codes))
+    return np.stack([codes_met // n, codes_met % n], axis=1) if n else np.empty((0, 2), dtype=np.int64)
 
 
 def equal_pairs(key: np.ndarray, at_once: int = 1 << 16) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -144,11 +144,11 @@ def _similarities(batches: Callable[[], Iterable[list[str]]], row: np.ndarray, p
     if not len(pairs):
         return np.empty(0)
     number = {int(row[t]): int(t) for t in np.unique(pairs)}  # paper -> text
-    found: dict[int, set[bytes]] = {}
+    sets: dict[int, set[bytes]] = {}
     done = 0
     for batch in batches():
         for i in range(len(batch)):
             if done + i in number:
-                found[number[done + i]] = shingles(batch[i])
+                sets[number[done + i]] = shingles(batch[i])
         done += len(batch)
-    return np.array([jaccard(found[a], found[b]) for a, b in pairs.tolist()])
+    return np.array([jaccard(sets[a], sets[b]) for a, b in pairs.tolist()])

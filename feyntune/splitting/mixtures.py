@@ -98,13 +98,13 @@ def _take(
         taken = {part: r for part, r in rows.items() if m.parts[part] == "all"}
         pool = {part: r for part, r in rows.items() if m.parts[part] == "fill"}
         if pool:
-            needed, there = size - sum(map(len, taken.values())), sum(map(len, pool.values()))
+            needed, supplied = size - sum(map(len, taken.values())), sum(map(len, pool.values()))
             names = " and ".join(pool)
             if needed < 0:
                 return {}, f"{s} has {-needed} {' and '.join(taken)} papers more than the size of {m.size}, {size}"
-            if there < needed:
-                wanted = f"{needed} {names} papers and has {there}"
-                return {}, f"{s} needs {wanted} for the size of {m.size}, {size}"
+            if supplied < needed:
+                demand = f"{needed} {names} papers and has {supplied}"
+                return {}, f"{s} needs {demand} for the size of {m.size}, {size}"
             everything = np.concatenate(list(pool.values()))
             chosen = everything[np.argsort(rank[everything], kind="stable")[:needed]]
             taken |= {part: r[np.isin(r, chosen)] for part, r in pool.items()}

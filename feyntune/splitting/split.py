@@ -18,7 +18,7 @@ from feyntune.artifacts.records import SCHEMA, TEXT_FORM
 from feyntune.errors import UserError
 from feyntune.splitting import assign as rule
 from feyntune.splitting.assign import Assignment
-from feyntune.splitting.audit import prove
+from feyntune.splitting.audit import verify_no_leakage
 from feyntune.splitting.duplicates import PERMUTATIONS, ROWS, THRESHOLD, WORDS, Duplicates, find_duplicates
 from feyntune.splitting.mixtures import draw
 from feyntune.telemetry import log, progress
@@ -106,7 +106,7 @@ def split(
             "duplicates": _duplicates(ids, duplicates, assigned, ~papers["withdrawn"].to_numpy(), threshold),
             "excluded": _excluded(ids, assigned),
             "mixtures": report,
-            "proof": prove(folder.path, threshold),
+            "leakage_check": verify_no_leakage(folder.path, threshold),
         }
         (folder.path / "audit.json").write_text(json.dumps(audit, indent=1))
         seconds = time.monotonic() - started
@@ -216,23 +216,25 @@ def _counts(papers: pa.Table, final: np.ndarray) -> dict[str, Any]:
 
 
 def _duplicates(
-    ids: list[str], found: Duplicates, assigned: Assignment, kept: np.ndarray, threshold: float
+    ids: list[str], duplicates: Duplicates, assigned: Assignment, included: np.ndarray, threshold: float
 ) -> dict[str, Any]:
     """What the papers that are not withdrawn repeat; withdrawal notices are all alike and would drown it."""
-    clusters = [n for n in Counter(np.array(assigned.cluster)[kept].tolist()).values() if n > 1]
-    times = np.bincount(found.text[kept], minlength=len(found.row))
+    clusters = [n for n in Counter(np.array(assigned.cluster)[included].tolist()).values() if n > 1]
+    times = np.bincount(duplicates.text[included], minlength=len(duplicates.row))
     repeated = np.flatnonzero(times > 1)
-    of_text = np.full(len(found.row), -1)
-    of_text[found.text[kept][::-1]] = np.flatnonzero(kept)[::-1]  # the first paper kept of each text
-    both = (of_text[found.pairs] >= 0).all(axis=1)
-    pairs, similarity = found.pairs[both], found.similarity[both]
+    of_text = np.full(len(duplicates.row), -1)
+    of_text[duplicates.text[included][::-1]] = np.flatnonzero(included)[::-1]  # the first paper included of each text
+    both = (of_text[duplicates.pairs] >= 0).all(axis=1)
+    pairs, similarity = duplicates.pairs[both], duplicates.similarity[both]
     highest = np.lexsort((pairs[:, 1], pairs[:, 0], -similarity))[:_EXAMPLES]
     return {
         "clusters": {"of_several_papers": len(clusters), "papers": sum(clusters), "largest": max(clusters, default=1)},
         "exact": {
             "texts": len(repeated),
             "papers": int(times[repeated].sum()),
-            "examples": [[ids[i] for i in np.flatnonzero((found.text == t) & kept)[:5]] for t in repeated[:_EXAMPLES]],
+            "examples": [
+                [ids[i] for i in np.flatnonzero((duplicates.text == t) & included)[:5]] for t in repeated[:_EXAMPLES]
+            ],
         },
         "near": {
             "method": f"MinHash of {WORDS}-word shingles, {PERMUTATIONS} permutations, {PERMUTATIONS // ROWS} bands "

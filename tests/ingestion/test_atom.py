@@ -4,7 +4,7 @@ import pytest
 
 from feyntune.errors import UserError
 from feyntune.ingestion.atom import read_atom
-from feyntune.ingestion.fields import Wanted
+from feyntune.ingestion.fields import CategoryFilter
 from feyntune.ingestion.tally import Tally
 
 FEED = """<?xml version="1.0" encoding="UTF-8"?>
@@ -27,7 +27,7 @@ def entry(id="1901.00001v2", summary="A $\\alpha$ text\nin lines.", comment="9 p
 def read(path, text, names=None):
     path.write_text(text)
     tally = Tally()
-    return [r.paper for r in read_atom(path, Wanted(names), tally)], tally
+    return [r.paper for r in read_atom(path, CategoryFilter(names), tally)], tally
 
 
 def test_an_entry_becomes_a_paper(tmp_path):
@@ -83,4 +83,4 @@ def test_what_is_no_whole_feed_is_refused(tmp_path, text, says):
 
 def test_a_wrong_path_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        list(read_atom(tmp_path / "nothing", Wanted(None), Tally()))
+        list(read_atom(tmp_path / "nothing", CategoryFilter(None), Tally()))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from feyntune.artifacts import records
 from feyntune.artifacts.records import normal_form
 from feyntune.errors import UserError
-from feyntune.ingestion.fields import SUCCESSORS, BadRecord, Wanted, make_paper, parse_date, parse_id
+from feyntune.ingestion.fields import SUCCESSORS, BadRecord, CategoryFilter, make_paper, parse_date, parse_id
 
 
 def paper(**changes):
@@ -37,18 +37,18 @@ def test_dead_archives_are_mapped_to_their_successor(dead):
 
 
 def test_an_archive_takes_its_categories_and_nothing_that_only_looks_like_it():
-    cs, bio, exact = Wanted(["cs"]), Wanted(["q-bio"]), Wanted(["cs.LG"])
-    assert all(cs.takes(c) for c in ("cs", "cs.LG", "cmp-lg"))  # cmp-lg was closed and went on as cs.CL
-    assert not any(cs.takes(c) for c in ("physics.optics", "physics.comp-ph", "math-cs", "csx.LG", "econ.cs"))
-    assert [bio.takes(c) for c in ("q-bio", "q-bio.NC", "bio.NC")] == [True, True, False]
-    assert [exact.takes(c) for c in ("cs.LG", "cs", "cs.LGX")] == [True, False, False]
-    assert Wanted(None).takes("anything")
+    cs, bio, exact = CategoryFilter(["cs"]), CategoryFilter(["q-bio"]), CategoryFilter(["cs.LG"])
+    assert all(cs.accepts(c) for c in ("cs", "cs.LG", "cmp-lg"))  # cmp-lg was closed and went on as cs.CL
+    assert not any(cs.accepts(c) for c in ("physics.optics", "physics.comp-ph", "math-cs", "csx.LG", "econ.cs"))
+    assert [bio.accepts(c) for c in ("q-bio", "q-bio.NC", "bio.NC")] == [True, True, False]
+    assert [exact.accepts(c) for c in ("cs.LG", "cs", "cs.LGX")] == [True, False, False]
+    assert CategoryFilter(None).accepts("anything")
 
 
 @pytest.mark.parametrize("names", [["hep th"], ["chao-dyn"], [], [""], ["hep-th", "CS"]])
 def test_names_that_can_match_nothing_are_refused(names):
     with pytest.raises(UserError):
-        Wanted(names)
+        CategoryFilter(names)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from feyntune.errors import UserError
 from feyntune.ingestion import kaggle
-from feyntune.ingestion.fields import BadRecord, Wanted
+from feyntune.ingestion.fields import BadRecord, CategoryFilter
 from feyntune.ingestion.kaggle import read_kaggle, read_lines
 from feyntune.ingestion.synthetic import synthetic_records
 from feyntune.ingestion.tally import Tally
@@ -20,7 +20,7 @@ LINES = [json.dumps(r).encode() + b"\n" for r in RECORDS]
 
 def read(path, names=None):
     tally = Tally()
-    return [r.paper for r in read_kaggle(path, Wanted(names), tally)], tally
+    return [r.paper for r in read_kaggle(path, CategoryFilter(names), tally)], tally
 
 
 def papers_of(path, names=None):
@@ -74,7 +74,7 @@ def test_a_file_cut_short_is_refused_after_its_whole_lines(tmp_path, pack):
     data = pack(b"".join(json.dumps(r).encode() + b"\n" for r in synthetic_records(3000)))
     path = tmp_path / "x.json"
     path.write_bytes(data[: len(data) // 2])
-    rows = read_kaggle(path, Wanted(None), Tally())
+    rows = read_kaggle(path, CategoryFilter(None), Tally())
     assert next(rows).paper.abstract
     with pytest.raises(UserError, match="cut short"):
         list(rows)
@@ -128,7 +128,7 @@ def test_a_source_that_is_mostly_bad_is_given_up_early(tmp_path):
     path.write_bytes(b'{"some": "other data"}\n' * 1_000_000)
     tally = Tally()
     with pytest.raises(UserError, match="first 1000"):
-        list(read_kaggle(path, Wanted(None), tally))
+        list(read_kaggle(path, CategoryFilter(None), tally))
     assert tally.read == 1000
 
 
@@ -179,13 +179,13 @@ def awkward_line(draw):
 @settings(max_examples=300, deadline=None)
 @given(lines=st.lists(awkward_line(), max_size=4), names=st.sampled_from([["hep-th"], ["cs"], ["nlin", "cs.LG"]]))
 def test_passing_over_lines_undecoded_keeps_the_papers_that_decoding_all_keeps(lines, names):
-    wanted, expected = Wanted(names), []
+    wanted, expected = CategoryFilter(names), []
     for line in lines:
         try:
             row = kaggle._row(line, "kaggle")
         except BadRecord:
             continue
-        if wanted.takes(row.paper.primary):
+        if wanted.accepts(row.paper.primary):
             expected.append(row)
     tally = Tally()
     assert list(read_lines([b"".join(lines)], "x", wanted, tally)) == expected
@@ -197,5 +197,5 @@ def test_lines_of_other_categories_are_not_decoded(monkeypatch):
     decoded = []
     row = kaggle._row
     monkeypatch.setattr(kaggle, "_row", lambda line, source: decoded.append(line) or row(line, source))
-    rows = list(read_lines([b"".join(LINES)], "x", Wanted(["gr-qc"]), Tally()))
+    rows = list(read_lines([b"".join(LINES)], "x", CategoryFilter(["gr-qc"]), Tally()))
     assert 0 < len(rows) == len(decoded) < 100

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feyntune.errors import UserError
-from feyntune.ingestion.fields import Wanted
+from feyntune.ingestion.fields import CategoryFilter
 from feyntune.ingestion.ingest import ingest
 from feyntune.ingestion.oai import Harvest
 from feyntune.ingestion.synthetic import synthetic_records
@@ -253,7 +253,7 @@ def test_a_page_damaged_on_disk_is_named(tmp_path):
     page = tmp_path / "pages" / "000002.xml.zst"
     page.write_bytes(page.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"000002\.xml\.zst is damaged"):
-        list(run.papers(Wanted(None), Tally()))
+        list(run.papers(CategoryFilter(None), Tally()))
 
 
 def test_bad_records_are_counted_with_page_and_line_and_entities_are_not_followed(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from feyntune.artifacts.artifact import ArtifactError, is_artifact, open_artifact, write_artifact
 from feyntune.artifacts.records import SCHEMA
 from feyntune.errors import UserError
-from feyntune.splitting.audit import prove
+from feyntune.splitting.audit import verify_no_leakage
 from feyntune.splitting.duplicates import THRESHOLD, jaccard, shingles
 from feyntune.splitting.split import split
 from tests.splitting.conftest import paper, synthetic_papers, write_corpus
@@ -82,7 +82,7 @@ def test_the_audit_counts_what_is_written(made, papers):
     assert sum(audit["ratios"].values()) == pytest.approx(1, abs=1e-5)
     assert audit["duplicates"]["exact"]["texts"] >= 4
     assert audit["duplicates"]["near"]["pairs"] >= 8
-    assert audit["proof"]["holds"]
+    assert audit["leakage_check"]["holds"]
     mixtures = table(made / "split", "mixtures")
     for name, entry in audit["mixtures"].items():
         of_it = mixtures.filter(pc.equal(mixtures["mixture"], name))["split"].to_pylist()
@@ -148,7 +148,7 @@ def broken(made, tmp_path, name, change):
 
 
 def test_the_proof_holds_for_what_was_written(made):
-    assert prove(made / "split")["near_duplicates_across_splits"] == 0
+    assert verify_no_leakage(made / "split")["near_duplicates_across_splits"] == 0
 
 
 def test_the_proof_finds_near_duplicates_torn_apart(made, tmp_path):
@@ -164,7 +164,7 @@ def test_the_proof_finds_near_duplicates_torn_apart(made, tmp_path):
     drawn = table(folder, "mixtures")
     pq.write_table(drawn.filter(~pc.field("id").isin(near)), folder / "mixtures.parquet")
     with pytest.raises(UserError) as e:
-        prove(folder)
+        verify_no_leakage(folder)
     assert all(i in str(e.value) for i in near)
     assert "near-duplicates in different splits" in str(e.value)
 
@@ -176,7 +176,7 @@ def test_the_proof_finds_a_test_paper_in_a_training_set(made, tmp_path):
         made, tmp_path, "mixtures", lambda rows: [*rows, {"mixture": "hep-th+gr-qc", "split": "train", "id": test}]
     )
     with pytest.raises(UserError, match="another split than their own") as e:
-        prove(folder)
+        verify_no_leakage(folder)
     assert test in str(e.value)
 
 
@@ -190,7 +190,7 @@ def test_the_proof_finds_withdrawn_unknown_and_repeated_papers(made, papers, tmp
     ):
         folder = broken(made, tmp_path, "mixtures", lambda rows, row=row: [*rows, row])
         with pytest.raises(UserError, match=says):
-            prove(folder)
+            verify_no_leakage(folder)
         shutil.rmtree(folder)
 
 
