@@ -88,8 +88,8 @@ class Engine:
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.config = TrainConfig(
             precision=args.precision,
-            dropout=args.dropout,
-            checkpoint_layers=args.checkpoint_layers,
+            lora_dropout=args.dropout,
+            activation_checkpointing_layers=args.checkpoint_layers,
             learning_rate=3e-4,
             compile=args.compile,
         )

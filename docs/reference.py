@@ -1,7 +1,5 @@
 """Writes docs/reference/*.md from the code: `python docs/reference.py` (a test compares)."""
 
-import ast
-import inspect
 import sys
 from collections.abc import Iterable
 from html import unescape
@@ -40,7 +38,7 @@ def settings() -> str:
     text = "# Training and evaluation settings\n\n"
     text += 'Given as JSON: `feyntune run --recipe \'{"train": {"epochs": 2}, "evaluate": {"precision": "fp32"}}\'`, '
     text += "and in the form's field `recipe`. Steps used alone take their part without its name.\n\n"
-    text += "## train\n\n" + _table(_fields(TrainConfig, _comments(TrainConfig)))
+    text += "## train\n\n" + _table(_fields(TrainConfig, {}))
     for name in ("EvaluateConfig", "CompareConfig"):
         model = getattr(evaluate, name)
         title = "evaluate" if name == "EvaluateConfig" else "compare (fixed in the pipelines)"
@@ -126,7 +124,10 @@ def _kind(schema: dict[str, Any]) -> str:
 
 
 def _fields(model: Any, meanings: dict[str, str]) -> list[list[str]]:
-    return [[name, _default(field), meanings.get(name, "")] for name, field in model.model_fields.items()]
+    return [
+        [name, _default(field), field.description or meanings.get(name, "")]
+        for name, field in model.model_fields.items()
+    ]
 
 
 def _default(field: Any) -> str:
@@ -134,17 +135,6 @@ def _default(field: Any) -> str:
     if hasattr(value, "model_dump"):
         value = value.model_dump(mode="json")
     return "required" if field.is_required() else f"`{value!r}`" if value != "" else ""
-
-
-def _comments(model: Any) -> dict[str, str]:
-    """The comment behind each field of a class."""
-    source = inspect.getsource(model)
-    lines, found = source.splitlines(), {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            _, _, comment = lines[node.end_lineno - 1].partition("  # ")  # type: ignore[operator]
-            found[node.target.id] = comment
-    return found
 
 
 def _attributes(model: Any) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""The knobs of a training run, with the published recipe's values as defaults (arXiv 2508.03716; stats in README).
+"""Settings of a training run. The defaults are the published recipe (arXiv 2508.03716).
 
 No heavy imports here: the launcher compares configurations without loading torch.
 """
 
+import difflib
 from typing import Any, Literal
 
 from pydantic import (
@@ -24,48 +25,70 @@ TARGETS = {name: method.target_modules for name, method in load_variants().metho
 
 
 class TrainConfig(BaseModel):
-    """What decides the adapter comes first; what only decides how it is computed follows."""
+    """Settings of a training run. The first part decides the adapter, the second only how it is computed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: PositiveInt = 8  # of the LoRA matrices (arXiv 2106.09685 §4.1)
-    alpha: PositiveInt = 32  # the update is scaled by alpha / rank
-    dropout: float = Field(0.05, ge=0, lt=1)  # on the input of each LoRA pair
-    precision: Literal["nf4", "bf16", "fp32"] = "nf4"  # of the frozen base; adapters are fp32 while they learn
-    learning_rate: PositiveFloat = 3e-4  # at its highest, when the warm-up ends
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    epsilon: PositiveFloat = 1e-5  # of AdamW
-    weight_decay: NonNegativeFloat = 0.1  # on every LoRA matrix
-    min_rate: float = Field(0.01, ge=0, le=1)  # the cosine ends at this share of the learning rate
-    warmup: float = Field(0.1, ge=0, lt=1)  # share of the steps in which the rate rises from 0
-    clip: PositiveFloat = 1.0  # largest norm of a step's gradient
-    epochs: PositiveInt = 4  # passes over the mixture
-    steps: PositiveInt | None = None  # steps instead of epochs, to compare mixtures at equal compute
-    batch: PositiveInt = 16  # abstracts a step, over all devices
-    max_length: PositiveInt | None = Field(None, ge=8)  # tokens of a document; None: the base's context
-    seed: NonNegativeInt = 0  # of the initial adapter, the order of the data and dropout
-    deterministic: bool = False  # same bytes on any number of devices; CPU only, up to 1.2 times the cost
-    slots: PositiveInt = 6  # parts of a batch in deterministic mode; the devices must divide it
-    validation_papers: NonNegativeInt = 1000  # papers of the validation split measured at the end of each epoch
+    lora_rank: PositiveInt = Field(8, description="Rank of the LoRA matrices (arXiv 2106.09685, section 4.1).")
+    lora_alpha: PositiveInt = Field(32, description="LoRA updates are scaled by lora_alpha / lora_rank.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the input of each LoRA pair.")
+    precision: Literal["nf4", "bf16", "fp32"] = Field(
+        "nf4", description="Precision of the frozen base model. Adapter weights are fp32 during training."
+    )
+    learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate after warm-up.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    adam_epsilon: PositiveFloat = Field(1e-5, description="AdamW epsilon.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW weight decay, on every LoRA matrix.")
+    min_lr_ratio: float = Field(0.01, ge=0, le=1, description="The cosine schedule ends at this share of the peak.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps with linear warm-up from 0.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
+    epochs: PositiveInt = Field(4, description="Passes over the mixture.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Optimizer steps instead of epochs, to compare mixtures at equal compute."
+    )
+    global_batch_size: PositiveInt = Field(16, description="Abstracts per optimizer step, over all devices.")
+    max_length: PositiveInt | None = Field(
+        None, ge=8, description="Tokens per document; longer ones are truncated. None: the base model's context."
+    )
+    seed: NonNegativeInt = Field(0, description="Seed of the adapter's initialization, the data order and dropout.")
+    deterministic: bool = Field(
+        False, description="Identical bytes on any number of devices. CPU only, up to 1.2 times slower."
+    )
+    deterministic_shards: PositiveInt = Field(
+        6, description="Parts of a batch in deterministic mode; must be divisible by the number of devices."
+    )
+    validation_papers: NonNegativeInt = Field(
+        1000, description="Papers of the validation split that are scored at the end of each epoch."
+    )
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
-    devices: PositiveInt = 1  # processes, one to a device, each with a full copy of the base
-    threads: PositiveInt | None = None  # CPU threads of a process; None: torch's choice, 1 if deterministic
-    micro_batch_tokens: PositiveInt | None = None  # most tokens computed at once; None: chosen for the device
-    checkpoint_layers: Literal["auto"] | NonNegativeInt = "auto"  # layers that recompute instead of remember
-    compile: bool = False  # norms and MLPs by torch.compile: a minute first, then a few percent; needs a C compiler
-    loss_words: PositiveInt | None = None  # of the vocabulary at once in the loss; None: 1024 on a CPU, 8192 on a GPU
-    save_every_steps: PositiveInt | None = None  # checkpoint after so many steps
-    save_every_seconds: PositiveFloat | None = 300  # checkpoint when so much time has passed
-    save_deadline: PositiveFloat = 30  # seconds a checkpoint may take after SIGTERM
-    keep_checkpoints: PositiveInt = 2  # the newest ones; older ones are deleted
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
+    devices: PositiveInt = Field(1, description="Processes, one per device, each with a full copy of the base.")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads per process. None: torch's default, or 1 in deterministic mode."
+    )
+    micro_batch_tokens: PositiveInt | None = Field(
+        None, description="Most tokens per forward pass. None: chosen for the device's memory."
+    )
+    activation_checkpointing_layers: Literal["auto"] | NonNegativeInt = Field(
+        "auto", description="Layers that recompute their activations in the backward pass. auto: as few as fit."
+    )
+    compile: bool = Field(
+        False, description="Compile norms and MLPs with torch.compile: a minute first, then a few percent faster."
+    )
+    vocab_chunk_size: PositiveInt | None = Field(
+        None, description="Vocabulary entries per chunk of the loss. None: 1024 on a CPU, 8192 on a GPU."
+    )
+    save_every_steps: PositiveInt | None = Field(None, description="Steps between checkpoints.")
+    save_every_seconds: PositiveFloat | None = Field(300, description="Seconds between checkpoints.")
+    save_deadline: PositiveFloat = Field(30, description="Seconds a checkpoint may take after SIGTERM.")
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints to keep; older ones are deleted.")
 
     @model_validator(mode="after")
     def _combinations(self) -> "TrainConfig":
-        if self.deterministic and self.slots % self.devices:
+        if self.deterministic and self.deterministic_shards % self.devices:
             raise ValueError(
-                f"deterministic training shares {self.slots} slots evenly, which {self.devices} devices cannot: "
-                "set slots to a multiple of devices"
+                f"{self.deterministic_shards} deterministic_shards cannot be divided among {self.devices} devices: "
+                "set deterministic_shards to a multiple of devices"
             )
         if self.deterministic and self.device == "cuda":
             raise ValueError(
@@ -82,7 +105,7 @@ class TrainConfig(BaseModel):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The knobs that decide the adapter; it may be computed elsewhere, or go on elsewhere, under the others."""
+        """The settings that decide the adapter. Training may resume elsewhere with other values of the rest."""
         return self.model_dump(mode="json", exclude=_HOW)
 
 
@@ -91,9 +114,9 @@ _HOW = {
     "devices",
     "threads",
     "micro_batch_tokens",
-    "checkpoint_layers",
+    "activation_checkpointing_layers",
     "compile",
-    "loss_words",
+    "vocab_chunk_size",
     "save_every_steps",
     "save_every_seconds",
     "save_deadline",
@@ -101,11 +124,27 @@ _HOW = {
 }
 
 
+RENAMED = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "epsilon": "adam_epsilon",
+    "min_rate": "min_lr_ratio",
+    "warmup": "warmup_ratio",
+    "clip": "max_grad_norm",
+    "steps": "max_steps",
+    "batch": "global_batch_size",
+    "slots": "deterministic_shards",
+    "checkpoint_layers": "activation_checkpointing_layers",
+    "loss_words": "vocab_chunk_size",
+}
+
+
 def parse_config(values: dict[str, Any]) -> TrainConfig:
     """`values` as a TrainConfig.
 
     Raises:
-        UserError: an unknown knob or a value that cannot be, named.
+        UserError: an unknown setting (with its new name or the nearest one) or an invalid value, named.
     """
     try:
         return TrainConfig(**values)
@@ -114,10 +153,16 @@ def parse_config(values: dict[str, Any]) -> TrainConfig:
         where = ".".join(str(part) for part in first["loc"][:1])
         what = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            what = f"there is no such knob; there are {', '.join(TrainConfig.model_fields)}"
-        raise UserError(f"Training recipe{', ' + where if where else ''}: {what}.") from e
+            near = difflib.get_close_matches(where, TrainConfig.model_fields, n=1)
+            if where in RENAMED:
+                what = f"this setting is now called {RENAMED[where]}"
+            elif near:
+                what = f"there is no such setting, perhaps {near[0]}"
+            else:
+                what = f"there is no such setting; the settings are {', '.join(TrainConfig.model_fields)}"
+        raise UserError(f"Recipe: train{'.' + where if where else ''}: {what}.") from e
 
 
 def adapter_config(config: TrainConfig, mixture: str, method: str) -> dict[str, Any]:
-    """What the manifest of the adapter records as its making."""
+    """The configuration that the adapter's manifest records."""
     return {**config.identity(), "variant": f"{mixture}/{method}", "mixture": mixture, "method": method}

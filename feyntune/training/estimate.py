@@ -84,8 +84,8 @@ def plan_variants(
     for variant, count in papers.items():
         method = variant.rpartition("/")[2]
         fit = plan(shape, method, config, device.memory)
-        per_epoch = -(-count // config.batch)
-        steps = config.steps or config.epochs * per_epoch
+        per_epoch = -(-count // config.global_batch_size)
+        steps = config.max_steps or config.epochs * per_epoch
         tokens = steps / per_epoch * count * tokens_per_paper
         rate = tokens_per_second or device.flops * utilisation / flops_per_token(shape, fit.layers)
         hours = tokens / rate / 3600

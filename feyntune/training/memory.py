@@ -123,11 +123,11 @@ def layer_bytes(shape: Shape, method: str, dropout: float, precision: str) -> fl
 def step_bytes(shape: Shape, method: str, config: TrainConfig, tokens: int, layers: int) -> float:
     """What a device needs at the peak of a step of `tokens` tokens with `layers` layers recomputing."""
     value = 4 if config.precision == "fp32" else 2
-    one = layer_bytes(shape, method, config.dropout, config.precision) * tokens
+    one = layer_bytes(shape, method, config.lora_dropout, config.precision) * tokens
     activations = (shape.layers - layers) * one + layers * shape.hidden * value * tokens + (one if layers else 0)
     dequantised = max(a * b for a, b in shape.projections.values()) * 2 if config.precision == "nf4" else 0
-    logits = tokens * (config.loss_words or GPU_WORDS) * (4 + value) + tokens * shape.hidden * (4 + value)
-    learned = adapter_parameters(shape, method, config.rank) * 4 * 4  # weights, gradient, two moments in fp32
+    logits = tokens * (config.vocab_chunk_size or GPU_WORDS) * (4 + value) + tokens * shape.hidden * (4 + value)
+    learned = adapter_parameters(shape, method, config.lora_rank) * 4 * 4  # weights, gradient, two moments in fp32
     return base_bytes(shape, config.precision) + learned + activations + dequantised + logits + _RESERVED
 
 
@@ -139,7 +139,11 @@ def plan(shape: Shape, method: str, config: TrainConfig, memory: float) -> Memor
     """
     usable = memory * (1 - _FRAGMENTS)
     tokens = config.micro_batch_tokens or GPU_TOKENS
-    given = None if config.checkpoint_layers == "auto" else min(config.checkpoint_layers, shape.layers)
+    given = (
+        None
+        if config.activation_checkpointing_layers == "auto"
+        else min(config.activation_checkpointing_layers, shape.layers)
+    )
     while True:
         for layers in range(shape.layers + 1) if given is None else (given,):
             needed = step_bytes(shape, method, config, tokens, layers)
@@ -159,5 +163,9 @@ def plan_memory(model: torch.nn.Module, method: str, config: TrainConfig, device
     shape = Shape.of(model.config.get_text_config().to_dict())  # type: ignore[union-attr,operator]
     if device.type == "cuda":
         return plan(shape, method, config, float(torch.cuda.get_device_properties(device).total_memory))
-    layers = 0 if config.checkpoint_layers == "auto" else min(config.checkpoint_layers, shape.layers)
+    layers = (
+        0
+        if config.activation_checkpointing_layers == "auto"
+        else min(config.activation_checkpointing_layers, shape.layers)
+    )
     return MemoryPlan(layers, config.micro_batch_tokens or CPU_TOKENS)

@@ -79,7 +79,7 @@ def train(
             return _train(data, mixture, method, base, out, config, checkpoints, ranks, stop)
         except torch.OutOfMemoryError as e:
             raise UserError(
-                "The GPU ran out of memory: lower micro_batch_tokens, or set checkpoint_layers to more layers."
+                "The GPU ran out of memory: lower micro_batch_tokens, or raise activation_checkpointing_layers."
             ) from e
         except OSError as e:
             if e.errno == errno.ENOSPC:
@@ -113,8 +113,8 @@ def _train(
     context = _context(bare, config, base)
     examples, cut = documents(papers, tokenizer, context)
     validation, _ = documents(read_mixture(data, mixture, "validation", config.validation_papers), tokenizer, context)
-    per_epoch = math.ceil(len(examples) / config.batch)
-    total = config.steps or config.epochs * per_epoch
+    per_epoch = math.ceil(len(examples) / config.global_batch_size)
+    total = config.max_steps or config.epochs * per_epoch
 
     # Setup: what learns.
     torch.manual_seed(config.seed)
@@ -127,7 +127,7 @@ def _train(
         parameters.values(),
         lr=config.learning_rate,
         betas=config.betas,
-        eps=config.epsilon,
+        eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
     _check_loss(compute, examples[0])
@@ -141,9 +141,9 @@ def _train(
     _resume(now, saver, ranks, parameters, optimiser, variant)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimiser,
-        math.ceil(config.warmup * total),
+        math.ceil(config.warmup_ratio * total),
         total,
-        min_lr_rate=config.min_rate,
+        min_lr_rate=config.min_lr_ratio,
         last_epoch=now.step - 1,
     )
     metrics = Metrics(variant, ranks.rank == 0)
@@ -172,9 +172,9 @@ def _train(
                 break
 
             started = time.monotonic()
-            batch = global_batch(examples, config.batch, now.step, config.seed)
+            batch = global_batch(examples, config.global_batch_size, now.step, config.seed)
             loss, stopped = _gradient_of(batch, now.step, compute, gradient, ranks, stop)
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _diverged(variant, now.step, loss, norm, batch, saver, config)
             rate = schedule.get_last_lr()[0]
@@ -342,9 +342,9 @@ def _with_adapter(
             f"Base model {base} is a {', '.join(names) or 'model of no kind'}, not a causal language model."
         )
     lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
         target_modules=TARGETS[method],
         task_type="CAUSAL_LM",
     )
@@ -358,7 +358,7 @@ def _with_adapter(
         # Else peft copies each input to fp32 before autocast makes it bf16 again.
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
-    return peft, use_document_dropout(peft, config.dropout)
+    return peft, use_document_dropout(peft, config.lora_dropout)
 
 
 @dataclass
@@ -404,9 +404,9 @@ def _compute(model: PeftModel, method: str, config: TrainConfig, ranks: _Ranks, 
         device=ranks.device,
         seeds=seeds,
         seed=config.seed,
-        slots=config.slots if config.deterministic else None,
+        slots=config.deterministic_shards if config.deterministic else None,
         tokens=plan.tokens,
-        words=config.loss_words or (GPU_WORDS if cuda else WORDS),
+        words=config.vocab_chunk_size or (GPU_WORDS if cuda else WORDS),
         autocast=config.precision == "bf16" or (cuda and config.precision == "nf4"),
         checkpointed=plan.layers,
     )

@@ -302,7 +302,7 @@ def test_variants_of_equal_tokens_are_compared_among_themselves(tmp_path, compar
     assert (budget["matched"], budget["groups"], budget["smallest"], budget["spread"]) == (False, [], QKV, 3)
     page = (tmp_path / "out/report.html").read_text()
     assert "fixed number of epochs" in page
-    assert '{"train": {"steps": 3}}' in page
+    assert '{"train": {"max_steps": 3}}' in page
 
 
 def test_agreements_with_the_true_rest():

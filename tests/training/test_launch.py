@@ -19,7 +19,7 @@ from feyntune.training.launch import TrainingFailed, launch
 def place(tiny_split, tiny_base, tmp_path):
     """Arguments of `launch`."""
     place = {"data": tiny_split, "mixture": "hep-th", "method": "lora-qkv", "base": tiny_base}
-    return place | {"out": str(tmp_path / "adapter"), "config": {"precision": "fp32", "steps": 2}}
+    return place | {"out": str(tmp_path / "adapter"), "config": {"precision": "fp32", "max_steps": 2}}
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_an_adapter_that_is_there_is_found_in_place_or_in_the_store(place, child
     from feyntune.training.train import train
 
     child("raise SystemExit('not to be started')")
-    made = job(out="made", method="lora-qkv", epochs=4, steps=2, learning_rate=3e-4, validation_papers=1000)
+    made = job(out="made", method="lora-qkv", epochs=4, max_steps=2, learning_rate=3e-4, validation_papers=1000)
     manifest = train(**made)
     config = {**adapter_config(parse_config(place["config"]), "hep-th", "lora-qkv")}
     assert manifest.config == json.loads(json.dumps(config))
@@ -107,11 +107,13 @@ def test_an_adapter_that_is_there_is_found_in_place_or_in_the_store(place, child
     launch(**{**place, "config": {**place["config"], "keep_checkpoints": 7}})  # decides nothing about the adapter
 
 
-def test_an_unknown_knob_or_value_is_refused_by_name(place):
-    with pytest.raises(UserError, match="learning_rat: there is no such knob"):
+def test_an_unknown_setting_or_value_is_refused_by_name(place):
+    with pytest.raises(UserError, match=r"train\.learning_rat: there is no such setting, perhaps learning_rate"):
         launch(**{**place, "config": {"learning_rat": 1}})
-    with pytest.raises(UserError, match="dropout: Input should be less than 1"):
-        launch(**{**place, "config": {"dropout": 1}})
+    with pytest.raises(UserError, match=r"train\.batch: this setting is now called global_batch_size"):
+        launch(**{**place, "config": {"batch": 8}})
+    with pytest.raises(UserError, match="lora_dropout: Input should be less than 1"):
+        launch(**{**place, "config": {"lora_dropout": 1}})
 
 
 def test_the_parent_loads_no_torch():

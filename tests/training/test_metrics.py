@@ -61,6 +61,6 @@ def test_trouble_with_metrics_never_fails_a_run(job, monkeypatch):
         taken.listen()
         monkeypatch.setenv("FEYNTUNE_METRICS_PORT", str(taken.getsockname()[1]))
         monkeypatch.setenv("FEYNTUNE_PUSHGATEWAY", f"http://127.0.0.1:{free_port()}")
-        assert train(**job(steps=1)).kind == "adapter"
+        assert train(**job(max_steps=1)).kind == "adapter"
     monkeypatch.setenv("FEYNTUNE_METRICS_PORT", "not a port")
     Metrics("hep-th/lora-all", enabled=True)

@@ -33,7 +33,7 @@ def test_what_autograd_keeps_is_what_the_planner_says(tiny_base):
     from feyntune.training.memory import layer_bytes
     from feyntune.training.train import _with_adapter
 
-    config = TrainConfig(precision="fp32", dropout=0)
+    config = TrainConfig(precision="fp32", lora_dropout=0)
     model, _ = _with_adapter(load_base(tiny_base, "fp32", "cpu"), "lora-all", config, "tiny")
     frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}

@@ -23,7 +23,7 @@ def masters(monkeypatch):
 
 
 def test_one_two_and_three_devices_train_the_same_adapter(job, masters):
-    knobs = {"learning_rate": 3e-4, "epochs": 4, "dropout": 0.05}
+    knobs = {"learning_rate": 3e-4, "epochs": 4, "lora_dropout": 0.05}
     made = [job(out=f"on-{n}", devices=n, **knobs) for n in (1, 2, 3)]  # a batch of 16 over 3, too
     for n, one in enumerate(made, 1):
         run_training(one, ranks=n)
@@ -43,7 +43,7 @@ def test_deterministic_mode_gives_the_same_bytes_on_any_number_of_devices(job, m
 
 
 def test_a_last_batch_smaller_than_the_number_of_devices_is_trained(job):
-    made = job(batch=47, devices=3, epochs=1)  # 48 papers: a second batch of one
+    made = job(global_batch_size=47, devices=3, epochs=1)  # 48 papers: a second batch of one
     run_training(made, ranks=3)
     assert len(curve(made["out"])["loss"]) == 2
 

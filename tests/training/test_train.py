@@ -48,7 +48,7 @@ def test_an_adapter_learns_and_reloads_with_the_same_perplexity(job, tiny_base, 
 
 def test_the_two_methods_adapt_the_layers_of_the_paper(job):
     for method, count in (("lora-qkv", 3), ("lora-all", 7)):
-        made = job(out=method, method=method, steps=1)
+        made = job(out=method, method=method, max_steps=1)
         train(**made)
         weights = load_file(made["out"] / "adapter_model.safetensors")
         assert len(weights) == 2 * 2 * count  # layers, A and B
@@ -65,7 +65,7 @@ def test_the_test_split_is_never_looked_at(job, monkeypatch):
         "read_mixture",
         lambda data, mixture, split, most=None: asked.append(split) or read_mixture(data, mixture, split, most),
     )
-    train(**job(steps=1))
+    train(**job(max_steps=1))
     assert asked == ["train", "validation"]
 
 
@@ -80,26 +80,26 @@ def test_same_seed_same_bytes_and_nothing_of_the_machine_in_the_files(job, tiny_
 
 def test_checkpointed_layers_and_small_micro_batches_change_nothing(job):
     train(**job(out="plain"))
-    train(**job(out="frugal", checkpoint_layers=1, micro_batch_tokens=100, loss_words=7))
+    train(**job(out="frugal", activation_checkpointing_layers=1, micro_batch_tokens=100, vocab_chunk_size=7))
     assert curve(job(out="plain")["out"])["loss"] == pytest.approx(curve(job(out="frugal")["out"])["loss"], abs=1e-5)
 
 
 def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(job, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="compile needs a C compiler"):
-        train(**job(steps=3, compile=True))
+        train(**job(max_steps=3, compile=True))
 
 
 @pytest.mark.slow
 def test_compiled_layers_change_nothing(job):
-    train(**job(out="plain", steps=3))
-    train(**job(out="compiled", steps=3, compile=True))
+    train(**job(out="plain", max_steps=3))
+    train(**job(out="compiled", max_steps=3, compile=True))
     assert curve(job(out="compiled")["out"])["loss"] == pytest.approx(curve(job(out="plain")["out"])["loss"], abs=1e-5)
     assert open_artifact(job(out="compiled")["out"], "adapter").stats["settings"]["compile"] is True
 
 
 def test_the_steps_are_those_of_the_paper(job):
-    made = job(epochs=3, batch=20)  # 48 papers: 3 batches an epoch, the last of 8
+    made = job(epochs=3, global_batch_size=20)  # 48 papers: 3 batches an epoch, the last of 8
     train(**made)
     assert len(curve(made["out"])["loss"]) == 9
     rates = curve(made["out"])["learning_rate"]
@@ -108,7 +108,7 @@ def test_the_steps_are_those_of_the_paper(job):
 
 
 def test_a_text_longer_than_the_context_is_split_and_counted(job):
-    stats = train(**job(max_length=40, steps=2)).stats
+    stats = train(**job(max_length=40, max_steps=2)).stats
     assert stats["papers_longer_than_context"] > 0
     assert stats["documents"] > stats["papers"] == 48
 
