@@ -48,7 +48,7 @@ class TrainConfig(BaseModel):
     )
     global_batch_size: PositiveInt = Field(16, description="Abstracts per optimizer step, over all devices.")
     max_length: PositiveInt | None = Field(
-        None, ge=8, description="Tokens per document; longer ones are truncated. None: the base model's context."
+        None, ge=8, description="Tokens per document; longer ones are split. None: the base model's context."
     )
     seed: NonNegativeInt = Field(0, description="Seed of the adapter's initialization, the data order and dropout.")
     deterministic: bool = Field(
@@ -79,8 +79,10 @@ class TrainConfig(BaseModel):
         None, description="Vocabulary entries per chunk of the loss. None: 1024 on a CPU, 8192 on a GPU."
     )
     save_every_steps: PositiveInt | None = Field(None, description="Steps between checkpoints.")
-    save_every_seconds: PositiveFloat | None = Field(300, description="Seconds between checkpoints.")
-    save_deadline: PositiveFloat = Field(30, description="Seconds a checkpoint may take after SIGTERM.")
+    save_every_seconds: PositiveFloat | None = Field(
+        75, description="Seconds between checkpoints. Bounds the work lost when a pod is killed."
+    )
+    save_deadline: PositiveFloat = Field(15, description="Seconds a checkpoint may take after SIGTERM.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints to keep; older ones are deleted.")
 
     @model_validator(mode="after")
@@ -106,10 +108,10 @@ class TrainConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the adapter. Training may resume elsewhere with other values of the rest."""
-        return self.model_dump(mode="json", exclude=_HOW)
+        return self.model_dump(mode="json", exclude=_EXECUTION_SETTINGS)
 
 
-_HOW = {
+_EXECUTION_SETTINGS = {
     "device",
     "devices",
     "threads",
@@ -163,6 +165,6 @@ def parse_config(values: dict[str, Any]) -> TrainConfig:
         raise UserError(f"Recipe: train{'.' + where if where else ''}: {what}.") from e
 
 
-def adapter_config(config: TrainConfig, mixture: str, method: str) -> dict[str, Any]:
+def adapter_metadata(config: TrainConfig, mixture: str, method: str) -> dict[str, Any]:
     """The configuration that the adapter's manifest records."""
     return {**config.identity(), "variant": f"{mixture}/{method}", "mixture": mixture, "method": method}

@@ -26,7 +26,7 @@ from feyntune.artifacts.store import open_store, pull, push, stored_manifest
 from feyntune.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
 from feyntune.model.base import pin_base, split_pin
 from feyntune.telemetry import log, setup
-from feyntune.training.config import TrainConfig, adapter_config, parse_config
+from feyntune.training.config import TrainConfig, adapter_metadata, parse_config
 
 EXIT_FAULT = 1
 _WATCH = 0.2  # seconds between the agent's looks at its processes
@@ -64,7 +64,7 @@ def launch(
     knobs = parse_config(config)
     base = pin_base(base)
     inputs = {"split": read_manifest(data).digest, "base": str(split_pin(base)[1])}
-    done = _finished(out, checkpoints, inputs, adapter_config(knobs, mixture, method))
+    done = _finished(out, checkpoints, inputs, adapter_metadata(knobs, mixture, method))
     if done is not None:
         log.info("%s/%s is trained already: %s", mixture, method, out)
         return done

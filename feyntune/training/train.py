@@ -41,7 +41,7 @@ from feyntune.model.packed import IGNORE, Packed, backbone, budgeted, head, hidd
 from feyntune.telemetry import log, progress
 from feyntune.training.batches import Document, divide, documents, global_batch, predicted, read_mixture
 from feyntune.training.checkpoints import Checkpoints, State
-from feyntune.training.config import TARGETS, TrainConfig, adapter_config
+from feyntune.training.config import TARGETS, TrainConfig, adapter_metadata
 from feyntune.training.dropout import DropoutSeeds, document_seeds, use_document_dropout
 from feyntune.training.loss import WORDS, frozen_head_loss
 from feyntune.training.memory import GPU_WORDS, plan_memory
@@ -105,7 +105,7 @@ def _train(
     split = open_artifact(data, "split")
     base = pin_base(base)
     inputs = {"split": split.digest, "base": str(split_pin(base)[1])}
-    made = adapter_config(config, mixture, method)
+    made = adapter_metadata(config, mixture, method)
     papers = read_mixture(data, mixture, "train")
     tokenizer = load_tokenizer(base)
     bare = load_base(base, config.precision, ranks.device)

@@ -11,7 +11,7 @@ from feyntune.artifacts.artifact import open_artifact
 from feyntune.artifacts.store import open_store, push
 from feyntune.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
 from feyntune.training import launch as launching
-from feyntune.training.config import adapter_config, parse_config
+from feyntune.training.config import adapter_metadata, parse_config
 from feyntune.training.launch import TrainingFailed, launch
 
 
@@ -93,7 +93,7 @@ def test_an_adapter_that_is_there_is_found_in_place_or_in_the_store(place, child
     child("raise SystemExit('not to be started')")
     made = job(out="made", method="lora-qkv", epochs=4, max_steps=2, learning_rate=3e-4, validation_papers=1000)
     manifest = train(**made)
-    config = {**adapter_config(parse_config(place["config"]), "hep-th", "lora-qkv")}
+    config = {**adapter_metadata(parse_config(place["config"]), "hep-th", "lora-qkv")}
     assert manifest.config == json.loads(json.dumps(config))
     store = str(tmp_path / "store")
     push(open_store(store), made["out"], "adapter")
