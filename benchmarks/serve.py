@@ -80,16 +80,16 @@ def make_adapters(folder: Path, base: str, count: int) -> dict[str, Path]:
 async def throughput(folder: Path, base: str, rounds: int) -> dict[str, Any]:
     import torch
 
-    from feyntune.engine.api import Settings
+    from feyntune.engine.api import EngineSettings
     from feyntune.engine.batching import BatchingEngine
     from feyntune.model.load import load_base
 
     torch.set_num_threads(1)
     adapters = make_adapters(folder / "adapters", base, ADAPTERS)
-    settings = Settings(**SETTINGS)
+    settings = EngineSettings(**SETTINGS)
     engine, plain = (
         BatchingEngine(load_base(base, "fp32", "cpu", attention="sdpa"), [1], s)
-        for s in (settings, Settings(**SETTINGS | {"max_adapters": 0}))
+        for s in (settings, EngineSettings(**SETTINGS | {"max_adapters": 0}))
     )
     chance = random.Random(0)
     prompts = [[chance.randrange(3, engine.vocabulary) for _ in range(chance.randint(6, 60))] for _ in range(REQUESTS)]

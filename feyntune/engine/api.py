@@ -14,11 +14,11 @@ class EngineError(Exception):
     """The engine cannot do what was asked; the message is for the client."""
 
 
-class TooLong(EngineError):
+class ContextLengthError(EngineError):
     """Prompt and completion together exceed what the engine can hold."""
 
 
-class Busy(EngineError):
+class QueueFullError(EngineError):
     """Too many requests wait already."""
 
     def __init__(self, message: str, retry_after: int):
@@ -26,20 +26,20 @@ class Busy(EngineError):
         self.retry_after = retry_after  # seconds
 
 
-class Dead(EngineError):
+class EngineDeadError(EngineError):
     """The engine's thread has ended or stands still: only a restart helps."""
 
 
-class Refused(EngineError):
+class InvalidAdapterError(EngineError):
     """An adapter cannot be served; the message says why."""
 
 
-class NoSlot(Refused):
+class NoFreeSlotError(InvalidAdapterError):
     """Every adapter slot is taken."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class EngineSettings:
     """What an engine may use; fixed at start.
 
     Args:
@@ -95,7 +95,7 @@ class Token:
 class Generation(Protocol):
     """A submitted request: iterate over its tokens as they are made.
 
-    The iteration ends after EOS (which is given) or max_tokens. It raises Dead when the engine fails.
+    The iteration ends after EOS (which is given) or max_tokens. It raises EngineDeadError when the engine fails.
     """
 
     def __aiter__(self) -> AsyncIterator[Token]: ...
@@ -126,9 +126,9 @@ class Engine(Protocol):
         """Queue a request for the adapter loaded as `adapter` (None: the base).
 
         Raises:
-            TooLong: see `max_length`.
-            Busy: the queue is full.
-            Dead: see `alive`.
+            ContextLengthError: see `max_length`.
+            QueueFullError: the queue is full.
+            EngineDeadError: see `alive`.
         """
         ...
 
@@ -144,8 +144,8 @@ class Engine(Protocol):
         """Load the LoRA weights in `folder` under `key`, while requests run.
 
         Raises:
-            Refused: the folder holds no adapter this engine can serve.
-            NoSlot: as many are loaded as fit.
+            InvalidAdapterError: the folder holds no adapter this engine can serve.
+            NoFreeSlotError: as many are loaded as fit.
         """
         ...
 

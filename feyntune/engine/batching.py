@@ -31,7 +31,17 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from feyntune.engine.api import Busy, Dead, Load, NoSlot, Refused, Sampling, Settings, Token, TooLong
+from feyntune.engine.api import (
+    ContextLengthError,
+    EngineDeadError,
+    EngineSettings,
+    InvalidAdapterError,
+    Load,
+    NoFreeSlotError,
+    QueueFullError,
+    Sampling,
+    Token,
+)
 from feyntune.engine.lora import Slots, Weights, install, read_adapter
 from feyntune.model.packed import backbone, head
 
@@ -83,7 +93,7 @@ class BatchingEngine:
         self,
         model: PreTrainedModel,
         eos: Sequence[int],
-        settings: Settings,
+        settings: EngineSettings,
         on_step: Callable[[int], None] = lambda requests: None,
     ):
         """`model` was loaded with "sdpa" attention; `on_step` is told the requests of each step, in its thread."""
@@ -101,7 +111,7 @@ class BatchingEngine:
         self._seconds = 1.0  # of a request, smoothed: for Retry-After
         self._manager = _Manager(model, self._eos, settings, self._slots, self._requests, on_step)
         self._writing = asyncio.Lock()
-        self._standing = asyncio.Lock()  # whoever has the loop paused: it sets whose tokens are in the row
+        self._pause_lock = asyncio.Lock()  # whoever has the loop paused: it sets whose tokens are in the row
 
     def start(self) -> None:
         self._manager.start()
@@ -127,16 +137,18 @@ class BatchingEngine:
         if not prompt or not all(0 <= t < self.vocabulary for t in prompt) or sampling.max_tokens < 1:
             raise ValueError("a prompt needs at least one token, all in the vocabulary, and one to generate")
         if len(prompt) + sampling.max_tokens > self.max_length:
-            raise TooLong(
+            raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: together they exceed "
                 f"the model's {self.max_length}. Shorten the prompt or lower max_tokens."
             )
         if not self.alive():
-            raise Dead("The engine has stopped; the server must be restarted.")
+            raise EngineDeadError("The engine has stopped; the server must be restarted.")
         if len(self._waiting) >= self.settings.queue:
             wait = self._seconds * len(self._waiting) / self.settings.batch_requests
-            raise Busy(f"{len(self._waiting)} requests are waiting already: try again later.", max(1, round(wait)))
-        slot = self._enter(adapter)
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting already: try again later.", max(1, round(wait))
+            )
+        slot = self._acquire_slot(adapter)
         request = Running(
             id=str(next(self._ids)),
             slot=slot,
@@ -175,7 +187,7 @@ class BatchingEngine:
                 eos_token_id=-1 if request.sampling.ignore_eos else self._eos,
             )
             if accepted is None:
-                self._end(request, Dead("The engine has stopped; the server must be restarted."))
+                self._end(request, EngineDeadError("The engine has stopped; the server must be restarted."))
 
     def _deliver(self, request: Running, out: GenerationOutput) -> None:
         if request.over:
@@ -185,7 +197,7 @@ class BatchingEngine:
             request.tokens.put_nowait(known[i] if known else Token(out.generated_tokens[i]))
         request.delivered = len(out.generated_tokens)
         if out.is_finished():
-            self._end(request, Dead(f"The engine failed: {out.error}") if out.error else None)
+            self._end(request, EngineDeadError(f"The engine failed: {out.error}") if out.error else None)
 
     def _end(self, request: Running, error: Exception | None) -> None:
         request.over = True
@@ -196,7 +208,7 @@ class BatchingEngine:
             with self._manager.output_router._lock:
                 self._manager.output_router.result_handlers.pop(request.id, None)
             self._seconds += 0.1 * (time.monotonic() - request.submitted - self._seconds)
-        self._leave(request.slot)
+        self._release_slot(request.slot)
         self._admit()
 
     def cancel(self, request: Running) -> None:  # type: ignore[override]
@@ -209,11 +221,11 @@ class BatchingEngine:
         self._end(request, None)
 
     async def score(self, adapter: str | None, tokens: Sequence[int], top: int) -> list[Token]:
-        slot = self._enter(adapter)
+        slot = self._acquire_slot(adapter)
         try:
-            return await self._in_turn(self._score, slot.index if slot else 0, list(tokens), top)
+            return await self._run_while_paused(self._score, slot.index if slot else 0, list(tokens), top)
         finally:
-            self._leave(slot)
+            self._release_slot(slot)
 
     @torch.no_grad()
     def _score(self, slot: int, tokens: list[int], top: int) -> list[Token]:
@@ -233,26 +245,26 @@ class BatchingEngine:
         ids = torch.tensor([tokens], device=self.model.device)
         return backbone(self.model)(input_ids=ids, use_cache=False).last_hidden_state[0]
 
-    async def _in_turn(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def _run_while_paused(self, work: Callable[..., T], *arguments: Any) -> T:
         """`work` in a thread that pauses the loop, one after another: upstream's pause lets several threads in.
 
         The turn lasts until the work is done, even when whoever asked for it has gone.
         """
 
         async def turn() -> T:
-            async with self._standing:
+            async with self._pause_lock:
                 return await asyncio.to_thread(work, *arguments)
 
         return await asyncio.shield(asyncio.ensure_future(turn()))
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """While the loop stands between two steps; only `_in_turn`."""
+        """While the loop stands between two steps; only `_run_while_paused`."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._manager.pause())
             except RuntimeError as e:  # it is not running, or ended before it could stand
-                raise Dead("The engine has stopped; the server must be restarted.") from e
+                raise EngineDeadError("The engine has stopped; the server must be restarted.") from e
             yield
 
     async def load_adapter(self, key: str, folder: Path) -> None:
@@ -264,8 +276,8 @@ class BatchingEngine:
             taken = {s.index for s in [*self._adapters.values(), *self._retired]}
             index = next((i for i in range(1, self.settings.max_adapters + 1) if i not in taken), None)
             if index is None:
-                raise NoSlot(f"all {self.settings.max_adapters} adapter slots are taken: raise max_adapters")
-            await self._in_turn(self._write, index, weights, max(taken | {index}))
+                raise NoFreeSlotError(f"all {self.settings.max_adapters} adapter slots are taken: raise max_adapters")
+            await self._run_while_paused(self._write, index, weights, max(taken | {index}))
             self._adapters[key] = _Slot(index)
 
     def _write(self, index: int, weights: Weights, highest: int) -> None:
@@ -278,21 +290,21 @@ class BatchingEngine:
                 return
             for layer in self._layers.values():
                 layer.write(index, None)
-        raise Refused("its weights make the model overflow: what it computes is not finite")
+        raise InvalidAdapterError("its weights make the model overflow: what it computes is not finite")
 
     def unload_adapter(self, key: str) -> None:
         slot = self._adapters.pop(key)
         if slot.users > 0:
             self._retired.append(slot)
 
-    def _enter(self, adapter: str | None) -> _Slot | None:
+    def _acquire_slot(self, adapter: str | None) -> _Slot | None:
         if adapter is None:
             return None
         slot = self._adapters[adapter]
         slot.users += 1
         return slot
 
-    def _leave(self, slot: _Slot | None) -> None:
+    def _release_slot(self, slot: _Slot | None) -> None:
         if slot is not None:
             slot.users -= 1
             self._retired = [s for s in self._retired if s.users > 0]
@@ -303,7 +315,7 @@ class _Manager(ContinuousBatchingManager):
         self,
         model: PreTrainedModel,
         eos: list[int],
-        settings: Settings,
+        settings: EngineSettings,
         slots: Slots,
         requests: dict[str, Running],
         on_step: Callable[[int], None],

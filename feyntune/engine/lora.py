@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from feyntune.engine.api import Refused
+from feyntune.engine.api import InvalidAdapterError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -26,15 +26,15 @@ Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> A [r, in], s
 class Slots:
     """Which adapter each token of the coming step uses; shared by all layers.
 
-    Slot 0 is the base. `other` [tokens, columns] is True where a column is not the token's; None when every
+    Slot 0 is the base. `inactive_mask` [tokens, columns] is True where a column is not the token's; None when every
     token is the base's.
     """
 
     def __init__(self, slots: int, rank: int, device: torch.device):
         self.rank = rank
-        self.other: torch.Tensor | None = None
+        self.inactive_mask: torch.Tensor | None = None
         own = torch.eye(slots, dtype=torch.bool, device=device).repeat_interleave(rank, dim=1)
-        self._other = ~torch.cat([torch.zeros_like(own[:1]), own])  # [slots + 1, columns]
+        self._inactive = ~torch.cat([torch.zeros_like(own[:1]), own])  # [slots + 1, columns]
         self._highest = 0
 
     def use(self, highest: int) -> None:
@@ -44,10 +44,10 @@ class Slots:
     def select(self, slots: Sequence[int]) -> None:
         """`slots`: one for each token of the step, in order."""
         if not any(slots):
-            self.other = None
+            self.inactive_mask = None
             return
-        index = torch.tensor(slots, device=self._other.device)
-        self.other = self._other[:, : self._highest * self.rank].index_select(0, index)
+        index = torch.tensor(slots, device=self._inactive.device)
+        self.inactive_mask = self._inactive[:, : self._highest * self.rank].index_select(0, index)
 
 
 class MultiLora(nn.Module):
@@ -68,13 +68,13 @@ class MultiLora(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
-        other = self.slots.other
-        if other is None or not self.filled:
+        inactive = self.slots.inactive_mask
+        if inactive is None or not self.filled:
             return y
-        columns = other.shape[1]
+        columns = inactive.shape[1]
         h = F.linear(x.to(self.a.dtype), self.a[:columns])[0]  # [1, tokens, columns] -> [tokens, columns]
         # Not a product with 0 and 1: a neighbour's overflow (inf x 0 = nan) must not reach this token.
-        h.masked_fill_(other, 0)
+        h.masked_fill_(inactive, 0)
         return torch.addmm(y[0].to(h.dtype), h, self.b[:columns]).to(y.dtype)[None]
 
     def write(self, slot: int, weights: tuple[torch.Tensor, torch.Tensor] | None) -> None:
@@ -107,35 +107,37 @@ def read_adapter(folder: Path, layers: Mapping[str, MultiLora], max_rank: int) -
     """The weights of a PEFT LoRA folder, checked against the layers they go to; no file but safetensors is read.
 
     Raises:
-        Refused: not plain LoRA, unknown layers, wrong shapes, a rank over `max_rank`, or weights that are not
-            finite.
+        InvalidAdapterError: not plain LoRA, unknown layers, wrong shapes, a rank over `max_rank`, or weights that
+            are not finite.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_bytes())
         scaling = _scaling(config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise Refused(f"adapter_config.json cannot be read ({e})") from e
+        raise InvalidAdapterError(f"adapter_config.json cannot be read ({e})") from e
     tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
-        raise Refused(f"adapter_model.safetensors cannot be read ({e})") from e
+        raise InvalidAdapterError(f"adapter_model.safetensors cannot be read ({e})") from e
     if not tensors:
-        raise Refused("adapter_model.safetensors holds no weights")
+        raise InvalidAdapterError("adapter_model.safetensors holds no weights")
 
     weights: Weights = {}
     for name in sorted(tensors):
         module, part = _module(name)
         if module not in layers or part not in ("lora_A", "lora_B"):
-            raise Refused(f"{name} belongs to no projection of the base: only plain LoRA on {', '.join(TARGETS)}")
+            raise InvalidAdapterError(
+                f"{name} belongs to no projection of the base: only plain LoRA on {', '.join(TARGETS)}"
+            )
         if part == "lora_A":
             b_name = name.replace(".lora_A.", ".lora_B.")
             if b_name not in tensors:
-                raise Refused(f"{b_name} is missing")
+                raise InvalidAdapterError(f"{b_name} is missing")
             weights[module] = _pair(name, tensors[name], tensors[b_name], scaling, layers[module].base, max_rank)
         elif name.replace(".lora_B.", ".lora_A.") not in tensors:
-            raise Refused(f"{name.replace('.lora_B.', '.lora_A.')} is missing")
+            raise InvalidAdapterError(f"{name.replace('.lora_B.', '.lora_A.')} is missing")
     return weights
 
 
@@ -171,15 +173,17 @@ def _pair(
     name: str, a: torch.Tensor, b: torch.Tensor, scaling: float, base: nn.Linear, max_rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise Refused(f"{name} has shape {list(a.shape)}, its B {list(b.shape)}: they are no LoRA pair")
+        raise InvalidAdapterError(f"{name} has shape {list(a.shape)}, its B {list(b.shape)}: they are no LoRA pair")
     if a.shape[1] != base.in_features or b.shape[0] != base.out_features:
-        raise Refused(
+        raise InvalidAdapterError(
             f"{name} maps {a.shape[1]} to {b.shape[0]} features, the base's layer {base.in_features} to "
             f"{base.out_features}: it was trained on another base"
         )
     if a.shape[0] > max_rank:
-        raise Refused(f"{name} has rank {a.shape[0]}, over the limit of {max_rank}: raise max_rank to serve it")
+        raise InvalidAdapterError(
+            f"{name} has rank {a.shape[0]}, over the limit of {max_rank}: raise max_rank to serve it"
+        )
     b = b.float().T * scaling
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise Refused(f"{name} or its B holds values that are not finite")
+        raise InvalidAdapterError(f"{name} or its B holds values that are not finite")
     return a, b.contiguous()

@@ -182,7 +182,7 @@ class Completer:
         self, missing: Mapping[tuple[str, str, int], Path], adapters: Mapping[str, Path]
     ) -> dict[tuple[str, str, int], pa.Table]:
         """Everything that is missing in one engine; a shard is written when the last of its papers is there."""
-        from feyntune.engine.api import Refused, Settings
+        from feyntune.engine.api import EngineSettings, InvalidAdapterError
         from feyntune.engine.batching import BatchingEngine
 
         loaded = self.load()
@@ -191,7 +191,7 @@ class Completer:
         context = loaded.model.config.max_position_embeddings
         longest = min(max(map(len, tokens.values())) + self.config.max_new_tokens, context)
         ranks = [json.loads((f / "adapter_config.json").read_text())["r"] for f in adapters.values()]
-        settings = Settings(
+        settings = EngineSettings(
             max_adapters=max(1, len(adapters)),
             max_rank=max([1, *ranks]),
             batch_requests=self.config.requests,
@@ -206,7 +206,7 @@ class Completer:
             for name, folder in adapters.items():
                 try:
                     await engine.load_adapter(name, folder)
-                except Refused as e:
+                except InvalidAdapterError as e:
                     raise UserError(f"Adapter {name} ({folder}) cannot complete texts: {e}.") from e
             with progress("complete", sum(len(self._papers(start)) for _, _, start in missing), "texts") as ticker:
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feyntune.artifacts.store import StoreError
-from feyntune.engine.api import Engine, NoSlot, Refused
+from feyntune.engine.api import Engine, InvalidAdapterError, NoFreeSlotError
 from feyntune.errors import UserError
 from feyntune.names import BASE, slug
 from feyntune.serving import metrics
 from feyntune.serving.canary import Canary
-from feyntune.serving.source import Offer, Offered, Source
+from feyntune.serving.source import AdapterSource, RegistrySnapshot, ServedVersion
 from feyntune.telemetry import log
 
 RETRY_SECONDS = 60.0  # a refused version is looked at again: its files may have been restored
@@ -30,23 +30,23 @@ class Target:
     """What a request runs on: the label of its metrics, and the version (None: the base)."""
 
     label: str
-    version: Offered | None = None
+    version: ServedVersion | None = None
     arm: str | None = None  # "champion" or "canary" while there is a canary
 
 
 class Catalog:
     """The names a client may use. `refresh` is called now and then; the rest reads what it left."""
 
-    def __init__(self, source: Source, engine: Engine, base_digest: str, canary: Canary | None = None):
+    def __init__(self, source: AdapterSource, engine: Engine, base_digest: str, canary: Canary | None = None):
         self.source, self.engine, self.base_digest = source, engine, base_digest
         self.canary = canary or Canary(0)
-        self.names: dict[str, Offered] = {}
+        self.names: dict[str, ServedVersion] = {}
         self.aliases: frozenset[str] = frozenset()
         self.refused: dict[str, str] = {}  # version name -> why
         self.error: str | None = None  # why the registry could not be read last time
         self.read = 0.0  # when it was, time.time()
-        self._loaded: dict[str, Offered] = {}  # digest -> version, in the engine
-        self._marker: str | None = None
+        self._loaded: dict[str, ServedVersion] = {}  # digest -> version, in the engine
+        self._revision: str | None = None
         self._again = 0.0  # when to try what was refused once more, monotonic
 
     def resolve(self, model: str) -> Target | None:
@@ -59,8 +59,8 @@ class Catalog:
             version = next((v for v in self._loaded.values() if slug(v.name) == name), None)
         if version is None:
             return None
-        if name == "champion" and self.canary.chosen is not None:
-            arm, version = self.canary.draw(version)
+        if name == "champion" and self.canary.candidate is not None:
+            arm, version = self.canary.route(version)
             return Target(slug(version.variant), version, arm)
         return Target(slug(version.variant), version)
 
@@ -69,19 +69,19 @@ class Catalog:
         try:
             if await self._unchanged():
                 return
-            offer = await asyncio.to_thread(self.source.offer)
+            snapshot = await asyncio.to_thread(self.source.snapshot)
         except Exception as e:
             self.error = str(e)
             metrics.REGISTRY_ERRORS.inc()
             log.warning("registry: %s (serving what is loaded)", e)
             return
-        await self._follow(offer)
+        await self._follow(snapshot)
         self._was_read()
 
     async def _unchanged(self) -> bool:
         """Whether the registry is as it was and there is nothing to try again; one listing."""
-        marker = await asyncio.to_thread(self.source.marker)
-        if marker != self._marker or (self.refused and time.monotonic() >= self._again):
+        revision = await asyncio.to_thread(self.source.revision)
+        if revision != self._revision or (self.refused and time.monotonic() >= self._again):
             return False
         self._was_read()
         return True
@@ -91,10 +91,10 @@ class Catalog:
         self.error, self.read = None, time.time()
         metrics.REGISTRY_READ.set(self.read)
 
-    async def _follow(self, offer: Offer) -> None:
-        wanted = dict(offer.names)
-        chosen = offer.staging if self.canary.share > 0 else None
-        versions = {v.digest: v for v in [*wanted.values(), *([chosen] if chosen else [])]}
+    async def _follow(self, snapshot: RegistrySnapshot) -> None:
+        targets = dict(snapshot.names)
+        candidate = snapshot.staging if self.canary.share > 0 else None
+        versions = {v.digest: v for v in [*targets.values(), *([candidate] if candidate else [])]}
         self._again = time.monotonic() + RETRY_SECONDS
         refused: dict[str, str] = {}
         transient = crowded = False
@@ -105,44 +105,44 @@ class Catalog:
             try:
                 await self._load(version)
                 # What it replaces makes room for the next at once: not all old and all new fit beside each other.
-                names = self._moved(wanted)
-                self._show(names, self.refused)
+                names = self._moved(targets)
+                self._publish_metrics(names, self.refused)
                 self.names = names
                 freed += self._unload_all_but(versions.keys() | {v.digest for v in self.names.values()})
-            except (Refused, UserError, OSError) as e:  # OSError: the disk is full, for one
+            except (InvalidAdapterError, UserError, OSError) as e:  # OSError: the disk is full, for one
                 refused[version.name] = str(e)
                 transient |= isinstance(e, StoreError | OSError)
-                crowded |= isinstance(e, NoSlot)
+                crowded |= isinstance(e, NoFreeSlotError)
                 if self.refused.get(version.name) != str(e):
                     log.error("adapter %s is refused: %s", version.name, e)
                 metrics.LOADS.labels(slug(version.variant), "refused").inc()
 
-        moved = self._moved(wanted)
-        names = {name: moved[name] for name in wanted if name in moved}  # without what is no longer offered
-        self._show(names, refused)
-        self.names, self.aliases, self.refused = names, offer.aliases, refused
-        self.canary.choose(chosen if chosen and chosen.digest in self._loaded else None)
-        kept = {v.digest for v in names.values()} | ({chosen.digest} if chosen else set())
-        freed += self._unload_all_but(kept)
-        self._marker = None if transient or (crowded and freed) else offer.marker
+        moved = self._moved(targets)
+        names = {name: moved[name] for name in targets if name in moved}  # without what is no longer offered
+        self._publish_metrics(names, refused)
+        self.names, self.aliases, self.refused = names, snapshot.aliases, refused
+        self.canary.set_candidate(candidate if candidate and candidate.digest in self._loaded else None)
+        current = {v.digest for v in names.values()} | ({candidate.digest} if candidate else set())
+        freed += self._unload_all_but(current)
+        self._revision = None if transient or (crowded and freed) else snapshot.revision
 
-    def _moved(self, wanted: dict[str, Offered]) -> dict[str, Offered]:
-        """Every name at the version wanted where that is loaded; else the old one stays."""
-        return self.names | {name: version for name, version in wanted.items() if version.digest in self._loaded}
+    def _moved(self, targets: dict[str, ServedVersion]) -> dict[str, ServedVersion]:
+        """Every name at the version it should mean where that is loaded; else the old one stays."""
+        return self.names | {name: version for name, version in targets.items() if version.digest in self._loaded}
 
-    async def _load(self, version: Offered) -> None:
+    async def _load(self, version: ServedVersion) -> None:
         started = time.monotonic()
         folder = Path(tempfile.mkdtemp(prefix="feyntune-adapter-"))
         try:
             manifest = await asyncio.to_thread(self.source.fetch, version, folder / "adapter")
             base = manifest.inputs.get("base")
             if base != self.base_digest:
-                raise Refused(
+                raise InvalidAdapterError(
                     f"it was trained on base {str(base)[:16]}, this endpoint serves base {self.base_digest[:16]}"
                 )
             foreign = [name for name in manifest.files if name.endswith(_RUNS_CODE)]
             if foreign:
-                raise Refused(f"it holds {foreign[0]}: only safetensors and JSON are read")
+                raise InvalidAdapterError(f"it holds {foreign[0]}: only safetensors and JSON are read")
             await self.engine.load_adapter(version.digest, folder / "adapter")
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -159,7 +159,7 @@ class Catalog:
             log.info("adapter %s is unloaded", self._loaded.pop(digest).name)
         return len(gone)
 
-    def _show(self, names: dict[str, Offered], refused: dict[str, str]) -> None:
+    def _publish_metrics(self, names: dict[str, ServedVersion], refused: dict[str, str]) -> None:
         for name, old in self.names.items():
             if names.get(name) != old:
                 metrics.SERVED.remove(name, old.name)

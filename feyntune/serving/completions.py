@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from feyntune.engine.api import Busy, Dead, Engine, Sampling, Token, TooLong
+from feyntune.engine.api import ContextLengthError, Engine, EngineDeadError, QueueFullError, Sampling, Token
 from feyntune.model.load import prompt as prompt_ids
 from feyntune.serving import metrics
 from feyntune.serving.catalog import Catalog, Target
@@ -66,7 +66,7 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A part of a completion: its new text, the tokens behind it, and at the end why it ended."""
 
     text: str
@@ -97,7 +97,7 @@ class Server:
         """False only when a restart is the only help; a server that still loads is alive."""
         return self.engine is None or self.engine.alive()
 
-    def up(self) -> tuple[Engine, Catalog, PreTrainedTokenizerBase]:
+    def require_ready(self) -> tuple[Engine, Catalog, PreTrainedTokenizerBase]:
         """The engine, the catalog and the tokenizer.
 
         Raises:
@@ -108,7 +108,7 @@ class Server:
         return self.engine, self.catalog, self.tokenizer
 
     def target(self, model: str) -> Target:
-        _, catalog, _ = self.up()
+        _, catalog, _ = self.require_ready()
         target = catalog.resolve(model)
         if target is None:
             known = ", ".join(["base", *sorted(catalog.names)])
@@ -119,16 +119,16 @@ class Server:
 
     async def tokens(self, text: str) -> list[int]:
         """Token ids of a prompt; long ones are read in a thread, so that nobody waits for them."""
-        _, _, tokenizer = self.up()
+        _, _, tokenizer = self.require_ready()
         if len(text) < 10_000:
             return prompt_ids(tokenizer, text)
         return await asyncio.to_thread(prompt_ids, tokenizer, text)
 
 
-class Request:
+class CompletionRequest:
     """The completions one client asked for at once, counted and cancelled together.
 
-    with Request(server, "champion", "openai") as request:
+    with CompletionRequest(server, "champion", "openai") as request:
         choice = request.complete(ids, sampling, stop)
         async for piece in choice: ...
     """
@@ -139,9 +139,9 @@ class Request:
         self.target: Target | None = None
         self.deadline = asyncio.get_running_loop().time() + server.limits.seconds
         self._model = model
-        self._choices: list[Choice] = []
+        self._completions_list: list[Completion] = []
 
-    def __enter__(self) -> "Request":
+    def __enter__(self) -> "CompletionRequest":
         try:
             self.target = self.server.target(self._model)
         except ApiError as e:
@@ -152,9 +152,9 @@ class Request:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Free what still runs; count; turn what the engine said into what a client is told."""
-        for choice in self._choices:
+        for choice in self._completions_list:
             choice.close()
-        told = _told(error)
+        told = to_api_error(error)
         if told is not None:
             outcome = told.outcome
         elif error is None:
@@ -165,20 +165,20 @@ class Request:
         metrics.REQUESTS.labels(self.label, self.protocol, outcome).inc()
         if self.target and self.target.arm and self.target.version and self.server.catalog:
             failed = outcome in ("error", "timeout", "unavailable")
-            self.server.catalog.canary.count(self.target.arm, self.target.version, failed)
+            self.server.catalog.canary.record(self.target.arm, self.target.version, failed)
         if told is not None and told is not error:
             raise told from error
 
-    def complete(self, ids: Sequence[int], sampling: Sampling, stop: Sequence[str] = ()) -> "Choice":
+    def complete(self, ids: Sequence[int], sampling: Sampling, stop: Sequence[str] = ()) -> "Completion":
         """Submit one completion."""
         assert self.target is not None
-        choice = Choice(self, list(ids), sampling, stop)
-        self._choices.append(choice)
+        choice = Completion(self, list(ids), sampling, stop)
+        self._completions_list.append(choice)
         return choice
 
     async def score(self, ids: Sequence[int], top: int) -> list[Token]:
         """The prompt's own log probabilities (OpenAI's `echo`)."""
-        engine, _, _ = self.server.up()
+        engine, _, _ = self.server.require_ready()
         assert self.target is not None
         key = self.target.version.digest if self.target.version else None
         metrics.TOKENS.labels(self.label, "prompt").inc(len(ids))
@@ -186,11 +186,11 @@ class Request:
             return await engine.score(key, ids, top)
 
 
-class Choice:
+class Completion:
     """One completion as it comes: iterate over its pieces."""
 
-    def __init__(self, request: Request, ids: list[int], sampling: Sampling, stop: Sequence[str]):
-        engine, _, tokenizer = request.server.up()
+    def __init__(self, request: CompletionRequest, ids: list[int], sampling: Sampling, stop: Sequence[str]):
+        engine, _, tokenizer = request.server.require_ready()
         assert request.target is not None
         self._request, self._engine, self._sampling = request, engine, sampling
         self._detokenizer, self._stopper = Detokenizer(tokenizer, ids), Stopper(stop)
@@ -209,8 +209,8 @@ class Choice:
         pieces = [piece async for piece in self]
         return "".join(p.text for p in pieces), pieces[-1].finish or ""
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Raises TimeoutError at the request's deadline, Dead when the engine fails."""
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Raises TimeoutError at the request's deadline, EngineDeadError when the engine fails."""
         tokens = aiter(self._generation)
         pending: list[tuple[Token, int]] = []  # tokens some of whose text is held back, and where it begins
         first = last = 0.0
@@ -234,10 +234,10 @@ class Choice:
                 text = self._stopper.add(self._detokenizer.add(token.id))
                 shown += len(text)
                 if not self._stopper.stopped and not self._stopper.holding:
-                    yield _piece(text, pending)
+                    yield _chunk(text, pending)
                     pending = []
                 elif text:
-                    yield Piece(text)
+                    yield Chunk(text)
         finally:
             self.close()  # one that met its stop string is not over for the engine
             self._count(first, last)
@@ -245,7 +245,7 @@ class Choice:
         if self._stopper.stopped:
             finish = "stop"
             pending = [(token, offset) for token, offset in pending if offset < shown]
-        yield _piece(rest, pending, finish)
+        yield _chunk(rest, pending, finish)
 
     def _count(self, first: float, last: float) -> None:
         metrics.TOKENS.labels(self._request.label, "completion").inc(self.completion_tokens)
@@ -253,19 +253,19 @@ class Choice:
             metrics.PER_TOKEN.labels(self._request.label).observe((last - first) / (self.completion_tokens - 1))
 
 
-def _piece(text: str, pending: list[tuple[Token, int]], finish: str | None = None) -> Piece:
-    return Piece(text, tuple(t for t, _ in pending), tuple(o for _, o in pending), finish)
+def _chunk(text: str, pending: list[tuple[Token, int]], finish: str | None = None) -> Chunk:
+    return Chunk(text, tuple(t for t, _ in pending), tuple(o for _, o in pending), finish)
 
 
-def _told(error: BaseException | None) -> ApiError | None:
+def to_api_error(error: BaseException | None) -> ApiError | None:
     """What a client is told of `error`; None where it is not for a client."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, TooLong):
+    if isinstance(error, ContextLengthError):
         return ApiError(400, "context_length_exceeded", str(error), param="max_tokens")
-    if isinstance(error, Busy):
+    if isinstance(error, QueueFullError):
         return ApiError(429, "queue_full", str(error), retry_after=error.retry_after)
-    if isinstance(error, Dead):
+    if isinstance(error, EngineDeadError):
         return ApiError(503, "engine_stopped", str(error), retry_after=30)
     if isinstance(error, TimeoutError):
         return ApiError(504, "timeout", "The completion took longer than this server allows: ask for fewer tokens.")

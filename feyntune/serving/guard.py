@@ -59,7 +59,7 @@ class Keys:
         self._stamp = stamp
 
 
-class Front:
+class RequestGuard:
     """ASGI middleware. Reads the whole body first; stops the work of a client that has gone away."""
 
     def __init__(self, app: Any, body_bytes: int, keys: Keys | None):

@@ -34,8 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
 from feyntune.engine.api import Sampling  # noqa: E402
 from feyntune.errors import UserError  # noqa: E402
 from feyntune.names import BASE, slug  # noqa: E402
-from feyntune.serving.completions import ApiError, Request, Server  # noqa: E402
-from feyntune.serving.guard import Front, Keys, error_response  # noqa: E402
+from feyntune.serving.completions import ApiError, CompletionRequest, Server  # noqa: E402
+from feyntune.serving.guard import Keys, RequestGuard, error_response  # noqa: E402
 from feyntune.serving.openai_api import router  # noqa: E402
 from feyntune.serving.workbench import add_workbench  # noqa: E402
 from feyntune.telemetry import log  # noqa: E402
@@ -106,7 +106,7 @@ class NamedModel(kserve.Model):
         if len(asked.stop) > limits.stop or not all(asked.stop):
             raise InvalidInput(f"stop: give at most {limits.stop} strings, none of them empty")
         prompts = [await self.server.tokens(text) for text in texts]
-        with Request(self.server, self.name, protocol) as request:
+        with CompletionRequest(self.server, self.name, protocol) as request:
             choices = []
             for i, ids in enumerate(prompts):
                 seed = None if asked.seed is None else (asked.seed + i) % 2**63
@@ -210,7 +210,7 @@ class _Rest(RESTServer):
 
     async def card(self, name: str) -> Response:
         """The model card of an adapter, by any name of it in /openai/v1/models: Markdown."""
-        _, catalog, _ = self.server.up()
+        _, catalog, _ = self.server.require_ready()
         version = catalog.names.get(slug(name))
         if version is None:
             raise ApiError(
@@ -247,7 +247,7 @@ class _Rest(RESTServer):
         app.add_exception_handler(InvalidInput, invalid_input)  # type: ignore[arg-type]
 
     def _add_middlewares(self, app: FastAPI) -> None:
-        app.add_middleware(Front, body_bytes=self.server.limits.body_bytes, keys=self.keys)
+        app.add_middleware(RequestGuard, body_bytes=self.server.limits.body_bytes, keys=self.keys)
 
 
 _STATUS = {
@@ -306,7 +306,7 @@ class Endpoint(kserve.ModelServer):
         self.dataplane = _DataPlane(self.registered_models, server)
         self.model_repository_extension = _Repository(self.registered_models)
 
-    def show(self, names: set[str]) -> None:
+    def sync_models(self, names: set[str]) -> None:
         """Serve exactly `names`, and the base."""
         names = names | {BASE}
         for name in self.registered_models.get_models().keys() - names:

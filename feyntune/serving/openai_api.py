@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from feyntune.engine.api import Sampling, Token
 from feyntune.names import BASE, slug
-from feyntune.serving.completions import ApiError, Choice, Piece, Request, Server
+from feyntune.serving.completions import ApiError, Chunk, Completion, CompletionRequest, Server
 from feyntune.serving.text import Detokenizer
 
 PREFIX = "/openai/v1"
@@ -46,7 +46,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
-class _Asked(BaseModel):
+class _SamplingFields(BaseModel):
     """What completions and chat completions have in common."""
 
     model_config = ConfigDict(extra="forbid")
@@ -85,7 +85,7 @@ class _Asked(BaseModel):
         )
 
 
-class CompletionRequest(_Asked):
+class CompletionBody(_SamplingFields):
     prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=0, description="16 if not given; 0 needs echo")
     logprobs: int | None = Field(None, ge=0)
@@ -107,7 +107,7 @@ class Message(BaseModel):
     name: str | None = None
 
 
-class ChatRequest(_Asked):
+class ChatBody(_SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -132,14 +132,14 @@ def router(server: Server) -> APIRouter:
     @routes.get("/models", responses=errors)
     async def models() -> dict[str, Any]:
         """The base, the adapters and the aliases, with their lineage."""
-        _, catalog, _ = server.up()
+        _, catalog, _ = server.require_ready()
         names = [BASE, *sorted(catalog.names, key=lambda n: (n in catalog.aliases, n))]
         return {"object": "list", "data": [_model(server, name) for name in names]}
 
     @routes.get("/models/{model:path}", responses=errors)
     async def model(model: str) -> dict[str, Any]:
         """One of them, by any of its names."""
-        _, catalog, _ = server.up()
+        _, catalog, _ = server.require_ready()
         target = server.target(model)
         name = slug(model)
         if name not in catalog.names:
@@ -147,12 +147,12 @@ def router(server: Server) -> APIRouter:
         return _model(server, name)
 
     @routes.post("/completions", responses=errors)
-    async def completions(asked: CompletionRequest) -> Response:
+    async def completions(asked: CompletionBody) -> Response:
         """Complete one or more prompts."""
         return await _completions(server, asked)
 
     @routes.post("/chat/completions", responses=errors)
-    async def chat(asked: ChatRequest) -> Response:
+    async def chat(asked: ChatBody) -> Response:
         """Answer a conversation; only where the base model has a chat template."""
         return await _chat(server, asked)
 
@@ -160,7 +160,7 @@ def router(server: Server) -> APIRouter:
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:
-    _, catalog, _ = server.up()
+    _, catalog, _ = server.require_ready()
     shown = {"id": name, "object": "model", "created": int(server.started), "owned_by": "feyntune"}
     if name == BASE:
         return shown | {"root": server.base_name, "parent": None, "digest": catalog.base_digest}
@@ -183,8 +183,8 @@ class _Prompt:
     text: str
 
 
-async def _completions(server: Server, asked: CompletionRequest) -> Response:
-    engine, _, _ = server.up()
+async def _completions(server: Server, asked: CompletionBody) -> Response:
+    engine, _, _ = server.require_ready()
     max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
     stop = asked.stops(server.limits.stop)
     _check(server, asked, max_tokens, engine.vocabulary)
@@ -194,8 +194,8 @@ async def _completions(server: Server, asked: CompletionRequest) -> Response:
     for prompt in prompts:
         _check_prompt(prompt.ids, max_tokens, engine.max_length, engine.vocabulary)
 
-    async def begin(request: Request) -> list[_Choice]:
-        echoes: list[Piece | None] = [None] * len(prompts)
+    async def begin(request: CompletionRequest) -> list[_EchoedCompletion]:
+        echoes: list[Chunk | None] = [None] * len(prompts)
         if asked.echo:
             for i, prompt in enumerate(prompts):
                 scored = [Token(t) for t in prompt.ids]
@@ -206,10 +206,10 @@ async def _completions(server: Server, asked: CompletionRequest) -> Response:
         for i in range(len(prompts) * n):
             sampling = asked.sampling(i, max_tokens, asked.logprobs)
             choice = request.complete(prompts[i // n].ids, sampling, stop) if max_tokens else None
-            begun.append(_Choice(echoes[i // n], choice))
+            begun.append(_EchoedCompletion(echoes[i // n], choice))
         return begun
 
-    def shown(index: int, piece: Piece) -> dict[str, Any]:
+    def shown(index: int, piece: Chunk) -> dict[str, Any]:
         logprobs = None if asked.logprobs is None else _logprobs(server, piece)
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
@@ -217,8 +217,8 @@ async def _completions(server: Server, asked: CompletionRequest) -> Response:
     return await answer.send(sum(len(p.ids) for p in prompts))
 
 
-async def _chat(server: Server, asked: ChatRequest) -> Response:
-    engine, _, tokenizer = server.up()
+async def _chat(server: Server, asked: ChatBody) -> Response:
+    engine, _, tokenizer = server.require_ready()
     server.target(asked.model)
     if not tokenizer.chat_template:
         raise ApiError(
@@ -244,17 +244,17 @@ async def _chat(server: Server, asked: ChatRequest) -> Response:
     _check_choices(server, n)
     _check_prompt(ids, max_tokens, engine.max_length, engine.vocabulary)
 
-    async def begin(request: Request) -> list[_Choice]:
-        return [_Choice(None, request.complete(ids, asked.sampling(k, max_tokens), stop)) for k in range(n)]
+    async def begin(request: CompletionRequest) -> list[_EchoedCompletion]:
+        return [_EchoedCompletion(None, request.complete(ids, asked.sampling(k, max_tokens), stop)) for k in range(n)]
 
     began: set[int] = set()
 
-    def delta(index: int, piece: Piece) -> dict[str, Any]:
+    def delta(index: int, piece: Chunk) -> dict[str, Any]:
         said = {"content": piece.text} if index in began else {"role": "assistant", "content": piece.text}
         began.add(index)  # clients put the deltas together, the role's too
         return {"index": index, "delta": said, "logprobs": None, "finish_reason": piece.finish}
 
-    def message(index: int, piece: Piece) -> dict[str, Any]:
+    def message(index: int, piece: Chunk) -> dict[str, Any]:
         said = {"role": "assistant", "content": piece.text}
         return {"index": index, "message": said, "logprobs": None, "finish_reason": piece.finish}
 
@@ -262,7 +262,7 @@ async def _chat(server: Server, asked: ChatRequest) -> Response:
     return await answer.send(len(ids))
 
 
-def _check(server: Server, asked: CompletionRequest, max_tokens: int, vocabulary: int) -> None:
+def _check(server: Server, asked: CompletionBody, max_tokens: int, vocabulary: int) -> None:
     if asked.best_of not in (None, asked.n or 1):
         raise ApiError(400, "unsupported", "best_of: leave it out, or set it to n.", param="best_of")
     if max_tokens == 0 and not asked.echo:
@@ -292,7 +292,7 @@ def _check_prompt(ids: Sequence[int], max_tokens: int, longest: int, vocabulary:
 
 async def _prompts(server: Server, prompt: str | list[Any]) -> list[_Prompt]:
     """All the shapes a prompt may have: a text, texts, token ids, lists of token ids."""
-    _, _, tokenizer = server.up()
+    _, _, tokenizer = server.require_ready()
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
     _check_choices(server, len(prompt))
@@ -306,18 +306,18 @@ async def _prompts(server: Server, prompt: str | list[Any]) -> list[_Prompt]:
     return prompts
 
 
-def _echo(server: Server, prompt: _Prompt, tokens: list[Token], finish: str | None) -> Piece:
-    _, _, tokenizer = server.up()
+def _echo(server: Server, prompt: _Prompt, tokens: list[Token], finish: str | None) -> Chunk:
+    _, _, tokenizer = server.require_ready()
     detokenizer = Detokenizer(tokenizer)
     offsets = []
     for token in tokens:
         offsets.append(detokenizer.length)
         detokenizer.add(token.id)
-    return Piece(prompt.text, tuple(tokens), tuple(offsets), finish)
+    return Chunk(prompt.text, tuple(tokens), tuple(offsets), finish)
 
 
-def _logprobs(server: Server, piece: Piece) -> dict[str, Any]:
-    _, _, tokenizer = server.up()
+def _logprobs(server: Server, piece: Chunk) -> dict[str, Any]:
+    _, _, tokenizer = server.require_ready()
     tops: list[dict[str, float] | None] = []
     for t in piece.tokens:
         if t.logprob is None:
@@ -339,13 +339,13 @@ def _spelt(tokenizer: Any, token: int) -> str:
 
 
 @dataclass
-class _Choice:
+class _EchoedCompletion:
     """One completion: the echoed prompt, if asked for, and what is generated after it, if anything."""
 
-    echo: Piece | None
-    generated: Choice | None
+    echo: Chunk | None
+    generated: Completion | None
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Chunk]:
         if self.echo is not None:
             yield self.echo
         if self.generated is not None:
@@ -359,13 +359,13 @@ class _Answer:
     """Several completions as one response, whole or streamed."""
 
     server: Server
-    asked: _Asked
+    asked: _SamplingFields
     prefix: str
     whole: str  # OpenAI's `object`
     chunk: str
-    begin: Callable[[Request], Awaitable[list[_Choice]]]
-    show_whole: Callable[[int, Piece], dict[str, Any]]
-    show_chunk: Callable[[int, Piece], dict[str, Any]]
+    begin: Callable[[CompletionRequest], Awaitable[list[_EchoedCompletion]]]
+    show_whole: Callable[[int, Chunk], dict[str, Any]]
+    show_chunk: Callable[[int, Chunk], dict[str, Any]]
 
     async def send(self, prompt_tokens: int) -> Response:
         self.id = f"{self.prefix}{uuid4().hex}"
@@ -382,23 +382,23 @@ class _Answer:
             raise
         return _Stream(self._events(first, pieces), media_type="text/event-stream")
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        with Request(self.server, self.asked.model, "openai") as request:
+    async def _pieces(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        with CompletionRequest(self.server, self.asked.model, "openai") as request:
             self.target = request.target
             self.choices = await self.begin(request)
             async with aclosing(_merged([c.pieces() for c in self.choices])) as merged:
                 async for item in merged:
                     yield item
 
-    async def _all(self, pieces: AsyncGenerator[tuple[int, Piece], None]) -> dict[str, Any]:
-        parts: dict[int, list[Piece]] = {}
+    async def _all(self, pieces: AsyncGenerator[tuple[int, Chunk], None]) -> dict[str, Any]:
+        parts: dict[int, list[Chunk]] = {}
         async for index, piece in pieces:
             parts.setdefault(index, []).append(piece)
         shown = [self.show_whole(i, _joined(parts[i])) for i in sorted(parts)]
         return self._frame(self.whole) | {"choices": shown, "usage": self._usage()}
 
     async def _events(
-        self, first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece], None]
+        self, first: tuple[int, Chunk], pieces: AsyncGenerator[tuple[int, Chunk], None]
     ) -> AsyncGenerator[bytes, None]:
         usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
         frame = self._frame(self.chunk) | ({"usage": None} if usage else {})
@@ -448,8 +448,8 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
-def _joined(pieces: list[Piece]) -> Piece:
-    return Piece(
+def _joined(pieces: list[Chunk]) -> Chunk:
+    return Chunk(
         "".join(p.text for p in pieces),
         tuple(t for p in pieces for t in p.tokens),
         tuple(o for p in pieces for o in p.offsets),
@@ -457,11 +457,11 @@ def _joined(pieces: list[Piece]) -> Piece:
     )
 
 
-async def _merged(streams: list[AsyncIterator[Piece]]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _merged(streams: list[AsyncIterator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk], None]:
     """The pieces of all streams as they come, each with the number of its stream."""
-    arrived: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Chunk] | BaseException | None] = asyncio.Queue()
 
-    async def read(index: int, stream: AsyncIterator[Piece]) -> None:
+    async def read(index: int, stream: AsyncIterator[Chunk]) -> None:
         try:
             async for piece in stream:
                 arrived.put_nowait((index, piece))

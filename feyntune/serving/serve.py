@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feyntune.engine.api import Settings
+from feyntune.engine.api import EngineSettings
 from feyntune.errors import UserError
 from feyntune.model.base import pin_base, split_pin
 from feyntune.telemetry import log
@@ -48,7 +48,7 @@ def serve(
         registry: address of the registry (a folder, file:// or s3://).
         base: the base model, with or without `@digest`; an adapter trained on another base is refused.
         precision: of the base in memory.
-        max_adapters, max_rank, batch_tokens, batch_requests, cache_tokens, queue: see `engine.Settings`.
+        max_adapters, max_rank, batch_tokens, batch_requests, cache_tokens, queue: see `engine.EngineSettings`.
         request_seconds: most seconds one request may take.
         poll_seconds: how often the registry is looked at.
         canary_share: share (0 to 1) of the champion's requests that goes to the newest version in staging.
@@ -59,7 +59,7 @@ def serve(
     Raises:
         UserError: no such base, a port that is taken, an unreadable keys file, or a setting out of range.
     """
-    settings = Settings(max_adapters, max_rank, batch_tokens, batch_requests, cache_tokens, queue)
+    settings = EngineSettings(max_adapters, max_rank, batch_tokens, batch_requests, cache_tokens, queue)
     _check(settings, request_seconds, poll_seconds, canary_share)
     from feyntune.serving.completions import Limits, Server
     from feyntune.serving.guard import Keys
@@ -76,7 +76,7 @@ def serve(
     limits = Limits(body_bytes=body_bytes, seconds=request_seconds)
     server = Server(limits, base_name=Path(location).name)
     endpoint = Endpoint(server, (listening, grpc_port), host, keys, drain_seconds, linger_seconds, workbench)
-    endpoint.show(set())
+    endpoint.sync_models(set())
     log.info("listening on http://%s:%d (gRPC %d)", host, listening.getsockname()[1], grpc_port)
 
     async def work() -> None:
@@ -84,7 +84,7 @@ def serve(
         while True:
             assert server.catalog is not None
             await server.catalog.refresh()
-            endpoint.show(set(server.catalog.names))
+            endpoint.sync_models(set(server.catalog.names))
             await asyncio.sleep(poll_seconds)
 
     try:
@@ -101,7 +101,7 @@ async def _bring_up(
     base: str,
     digest: str,
     precision: "Precision",
-    settings: Settings,
+    settings: EngineSettings,
     canary_share: float,
 ) -> None:
     """Load the base, let it answer once, and open the registry."""
@@ -124,7 +124,7 @@ async def _bring_up(
     server.catalog = Catalog(source, engine, digest, Canary(canary_share))
 
 
-def _load(base: str, precision: "Precision", settings: Settings):
+def _load(base: str, precision: "Precision", settings: EngineSettings):
     """The engine, the tokenizer and the ids that end a text; minutes for a large base."""
     from feyntune.engine.batching import BatchingEngine
     from feyntune.model.load import best_device, check_fit, load_base, load_tokenizer
@@ -148,7 +148,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _check(settings: Settings, request_seconds: float, poll_seconds: float, canary_share: float) -> None:
+def _check(settings: EngineSettings, request_seconds: float, poll_seconds: float, canary_share: float) -> None:
     for name in ("max_adapters", "max_rank", "batch_tokens", "batch_requests", "queue"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}: it must be at least 1.")

@@ -1,6 +1,7 @@
-"""Where the adapters to serve come from: the registry, and nothing else of the project's other rooms.
+"""Where the adapters to serve come from: the registry.
 
-A source says which versions there are and which names mean which of them, and fetches one.
+The one exception to the rule that steps do not import each other: an endpoint follows the registry while it
+runs, so it reads it through the registry's own class. Nothing else in this package imports `feyntune.registry`.
 """
 
 import tempfile
@@ -16,7 +17,7 @@ from feyntune.registry.registry import Registry
 
 
 @dataclass(frozen=True)
-class Offered:
+class ServedVersion:
     """A version that may be served.
 
     Args:
@@ -31,29 +32,29 @@ class Offered:
 
 
 @dataclass(frozen=True)
-class Offer:
+class RegistrySnapshot:
     """All there is to serve at one moment.
 
     Args:
-        marker: equal markers mean equal offers.
+        revision: equal revisions mean equal snapshots.
         names: model name (a slug or an alias) to version; several names may mean one version.
         aliases: which of the names are aliases.
         staging: the newest version that passed the gate and waits for promotion, if there is one.
     """
 
-    marker: str
-    names: dict[str, Offered]
+    revision: str
+    names: dict[str, ServedVersion]
     aliases: frozenset[str] = frozenset()
-    staging: Offered | None = None
+    staging: ServedVersion | None = None
 
 
-class Source(Protocol):
+class AdapterSource(Protocol):
     """All methods block; they are called in a thread."""
 
-    def marker(self) -> str: ...
-    def offer(self) -> Offer: ...
-    def fetch(self, version: Offered, folder: Path) -> Manifest: ...
-    def card(self, version: Offered) -> str: ...
+    def revision(self) -> str: ...
+    def snapshot(self) -> RegistrySnapshot: ...
+    def fetch(self, version: ServedVersion, folder: Path) -> Manifest: ...
+    def card(self, version: ServedVersion) -> str: ...
 
 
 class RegistrySource:
@@ -63,24 +64,24 @@ class RegistrySource:
         self.registry = Registry.open(uri)
         self._versions: dict[str, Version] = {}
 
-    def marker(self) -> str:
+    def revision(self) -> str:
         return self.registry.revision()
 
-    def offer(self) -> Offer:
+    def snapshot(self) -> RegistrySnapshot:
         """Each variant under its slug (its newest version in production, else its newest), and every alias."""
         state = self.registry.snapshot()
         self._versions = dict(state.versions)
-        names = {slug(v.variant): _offered(state.resolve(v.variant)) for v in state.served}
-        aliases = {slug(a): _offered(state.versions[name]) for a, name in state.aliases.items()}
+        names = {slug(v.variant): _served_version(state.resolve(v.variant)) for v in state.served}
+        aliases = {slug(a): _served_version(state.versions[name]) for a, name in state.aliases.items()}
         staging = [v for v in state.served if v.stage == "staging" and not v.promoted]  # else it was rolled back
-        return Offer(
-            marker=state.revision,
+        return RegistrySnapshot(
+            revision=state.revision,
             names=names | aliases,
             aliases=frozenset(aliases),
-            staging=_offered(staging[-1]) if staging else None,
+            staging=_served_version(staging[-1]) if staging else None,
         )
 
-    def fetch(self, version: Offered, folder: Path) -> Manifest:
+    def fetch(self, version: ServedVersion, folder: Path) -> Manifest:
         """Copy a version to `folder`, every file checked against its manifest.
 
         Raises:
@@ -88,7 +89,7 @@ class RegistrySource:
         """
         return self.registry.fetch(self._versions[version.name], folder)
 
-    def card(self, version: Offered) -> str:
+    def card(self, version: ServedVersion) -> str:
         """The model card of a version, Markdown, checked against its manifest.
 
         Raises:
@@ -99,6 +100,6 @@ class RegistrySource:
             return (Path(tmp) / "card" / "README.md").read_text()
 
 
-def _offered(version: Version) -> Offered:
+def _served_version(version: Version) -> ServedVersion:
     stats = version.model_dump(mode="json", include={"lineage", "stage", "rank", "targets", "added", "measured"})
-    return Offered(version.name, version.variant, version.digest, stats)
+    return ServedVersion(version.name, version.variant, version.digest, stats)

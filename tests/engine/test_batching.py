@@ -10,13 +10,21 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from feyntune.engine.api import Busy, Dead, NoSlot, Refused, Sampling, Settings, TooLong
+from feyntune.engine.api import (
+    ContextLengthError,
+    EngineDeadError,
+    EngineSettings,
+    InvalidAdapterError,
+    NoFreeSlotError,
+    QueueFullError,
+    Sampling,
+)
 from feyntune.engine.batching import BatchingEngine
 from feyntune.engine.lora import install
 from feyntune.model.load import load_base, prompt
 from tests.serving.factories import save_adapter
 
-SMALL = Settings(max_adapters=6, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=2048, queue=64)
+SMALL = EngineSettings(max_adapters=6, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=2048, queue=64)
 TEXTS = [
     "The soup needs",
     "A loaf has a good smell. Our oven",
@@ -129,7 +137,7 @@ def test_what_would_kill_the_thread_is_refused_before_it_gets_there(tiny_base, t
 def test_a_request_that_could_never_fit_is_refused_and_blocks_nobody(tiny_base, tokenizer):
     async def oversized():
         async with running(tiny_base) as engine:
-            with pytest.raises(TooLong, match="256"):
+            with pytest.raises(ContextLengthError, match="256"):
                 engine.submit(None, [5] * 250, greedy(7))
             whole = engine.submit(None, [5] * 249, greedy(7, ignore_eos=True))
             return len(await ids(whole)), engine.alive()
@@ -138,7 +146,9 @@ def test_a_request_that_could_never_fit_is_refused_and_blocks_nobody(tiny_base, 
 
 
 def test_more_requests_than_the_cache_holds_wait_and_all_come_out_right(tiny_base, adapters, alone, tokenizer):
-    settings = Settings(max_adapters=4, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=256, queue=64)
+    settings = EngineSettings(
+        max_adapters=4, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=256, queue=64
+    )
     requests = [(v, prompt(tokenizer, t)) for v in (None, *adapters) for t in TEXTS[:4]]
 
     async def crowded():
@@ -152,12 +162,12 @@ def test_more_requests_than_the_cache_holds_wait_and_all_come_out_right(tiny_bas
 
 
 def test_a_full_queue_says_when_to_come_back(tiny_base):
-    settings = Settings(max_adapters=1, max_rank=4, batch_tokens=64, batch_requests=1, cache_tokens=512, queue=2)
+    settings = EngineSettings(max_adapters=1, max_rank=4, batch_tokens=64, batch_requests=1, cache_tokens=512, queue=2)
 
     async def full():
         async with running(tiny_base, settings=settings) as engine:
             generations = [engine.submit(None, [5, 6], greedy(50)) for _ in range(3)]
-            with pytest.raises(Busy) as error:
+            with pytest.raises(QueueFullError) as error:
                 engine.submit(None, [5, 6], greedy(50))
             for g in generations:
                 engine.cancel(g)
@@ -168,7 +178,7 @@ def test_a_full_queue_says_when_to_come_back(tiny_base):
 
 
 def test_cancelling_frees_the_place_the_cache_and_the_handler(tiny_base, adapters):
-    settings = Settings(max_adapters=4, max_rank=8, batch_tokens=64, batch_requests=2, cache_tokens=512, queue=8)
+    settings = EngineSettings(max_adapters=4, max_rank=8, batch_tokens=64, batch_requests=2, cache_tokens=512, queue=8)
 
     async def cancelled():
         async with running(tiny_base, adapters, settings) as engine:
@@ -196,15 +206,15 @@ def test_a_dead_thread_fails_its_requests_and_is_seen(tiny_base, monkeypatch):
             waiting = asyncio.ensure_future(collect(generation))
             await asyncio.sleep(0.05)
             monkeypatch.setattr(engine._manager.slots, "select", lambda slots: 1 / 0)
-            with pytest.raises(Dead, match="division"):
+            with pytest.raises(EngineDeadError, match="division"):
                 await waiting
             assert not engine.alive()
-            with pytest.raises(Dead):
+            with pytest.raises(EngineDeadError):
                 engine.submit(None, [5, 6], greedy())
-            with pytest.raises(Dead):
+            with pytest.raises(EngineDeadError):
                 await engine.score(None, [5, 6], 1)
             monkeypatch.setattr(engine._manager, "is_running", lambda: True)  # as in the moment between two looks
-            with pytest.raises(Dead):
+            with pytest.raises(EngineDeadError):
                 await engine.score(None, [5, 6], 1)
             monkeypatch.undo()
 
@@ -212,7 +222,7 @@ def test_a_dead_thread_fails_its_requests_and_is_seen(tiny_base, monkeypatch):
 
 
 def test_a_thread_that_stands_still_is_seen(tiny_base):
-    settings = Settings(
+    settings = EngineSettings(
         max_adapters=1, max_rank=4, batch_tokens=64, batch_requests=4, cache_tokens=512, stall_seconds=0.2
     )
 
@@ -231,7 +241,7 @@ def test_a_thread_that_stands_still_is_seen(tiny_base):
 def test_an_adapter_loaded_and_replaced_under_load_changes_nobody_else(tiny_base, adapters, alone, tokenizer, tmp_path):
     (first, first_folder), (second, second_folder), *_ = adapters.items()
     ids_ = prompt(tokenizer, TEXTS[1])
-    settings = Settings(max_adapters=2, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=2048)
+    settings = EngineSettings(max_adapters=2, max_rank=8, batch_tokens=64, batch_requests=16, cache_tokens=2048)
 
     async def live():
         async with running(tiny_base, {first: first_folder}, settings) as engine:
@@ -241,7 +251,7 @@ def test_an_adapter_loaded_and_replaced_under_load_changes_nobody_else(tiny_base
             await engine.load_adapter(second, second_folder)
             joined = await ids(engine.submit(second, ids_, greedy(30, ignore_eos=True)))
             engine.unload_adapter(first)  # its running requests keep it
-            with pytest.raises(NoSlot):
+            with pytest.raises(NoFreeSlotError):
                 await engine.load_adapter("third", first_folder)
             done = await asyncio.gather(*tasks)
             await engine.load_adapter("third", first_folder)
@@ -263,7 +273,7 @@ def test_an_adapter_that_overflows_is_refused_and_spoils_nobody(tiny_base, adapt
         async with running(tiny_base, adapters) as engine:
             generations = [engine.submit(v, ids_, greedy(150, ignore_eos=True)) for v in (name, None)]
             tasks = [asyncio.ensure_future(ids(g)) for g in generations]
-            with pytest.raises(Refused, match="overflow"):
+            with pytest.raises(InvalidAdapterError, match="overflow"):
                 await engine.load_adapter("huge", huge)
             assert engine.load().adapters == len(adapters)
             return await asyncio.gather(*tasks)
@@ -301,7 +311,7 @@ def test_adapters_it_cannot_serve_are_refused_by_name(tiny_base, tmp_path, chang
 
     async def load():
         async with running(tiny_base) as engine:
-            with pytest.raises(Refused, match=said):
+            with pytest.raises(InvalidAdapterError, match=said):
                 await engine.load_adapter("bad", folder)
 
     run(load())
@@ -315,7 +325,7 @@ def test_a_broken_adapter_config_is_refused(tiny_base, adapters, tmp_path, text)
 
     async def load():
         async with running(tiny_base) as engine:
-            with pytest.raises(Refused, match="adapter_config"):
+            with pytest.raises(InvalidAdapterError, match="adapter_config"):
                 await engine.load_adapter("bad", tmp_path)
 
     run(load())

@@ -7,11 +7,11 @@ import pytest
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.store import StoreError
-from feyntune.engine.api import NoSlot
+from feyntune.engine.api import NoFreeSlotError
 from feyntune.registry.registry import Registry
 from feyntune.serving.canary import Canary
 from feyntune.serving.catalog import Catalog
-from feyntune.serving.source import Offer, Offered, RegistrySource
+from feyntune.serving.source import RegistrySnapshot, RegistrySource, ServedVersion
 from tests.registry.factories import make_adapter
 from tests.serving.factories import register_adapter
 
@@ -20,24 +20,24 @@ BASE = "b" * 64
 
 def version(variant, number):
     digest = str(number) * 64
-    return Offered(f"{variant}@{digest[:16]}", variant, digest)
+    return ServedVersion(f"{variant}@{digest[:16]}", variant, digest)
 
 
-class Source:
-    """An offer that tests change, and versions it cannot fetch."""
+class AdapterSource:
+    """A registry that tests change, and versions it cannot fetch."""
 
     def __init__(self):
         self.names, self.aliases, self.staging, self.broken, self.away = {}, frozenset(), None, {}, None
         self.fetched = []
         self.bases = {}
 
-    def marker(self):
+    def revision(self):
         if self.away:
             raise StoreError(self.away)
         return repr((self.names, self.staging))
 
-    def offer(self):
-        return Offer(self.marker(), dict(self.names), self.aliases, self.staging)
+    def snapshot(self):
+        return RegistrySnapshot(self.revision(), dict(self.names), self.aliases, self.staging)
 
     def fetch(self, version, folder):
         self.fetched.append(version.name)
@@ -53,7 +53,7 @@ class Engine:
 
     async def load_adapter(self, key, folder):
         if len(self.loaded) >= self.slots:
-            raise NoSlot("all taken")
+            raise NoFreeSlotError("all taken")
         self.loaded.add(key)
 
     def unload_adapter(self, key):
@@ -62,7 +62,7 @@ class Engine:
 
 @pytest.fixture
 def source():
-    return Source()
+    return AdapterSource()
 
 
 def refreshed(catalog, times=1):
@@ -179,11 +179,11 @@ def test_a_version_rolled_back_is_no_canary(tmp_path):
     registry.promote(bad.name)
     registry.archive(new.name)
     source = RegistrySource(registry.store.uri)
-    assert source.offer().staging is None
+    assert source.snapshot().staging is None
     registry.rollback()
-    assert source.offer().staging is None
+    assert source.snapshot().staging is None
     registry.restore(new.name)
-    assert source.offer().staging.name == new.name
+    assert source.snapshot().staging.name == new.name
 
 
 def test_the_canary_gets_its_share_of_the_champions_requests_only(source):
@@ -200,16 +200,16 @@ def test_without_a_share_or_a_candidate_there_is_no_canary(source):
     catalog = canary_catalog(source, share=0)
     assert catalog.resolve("champion").arm is None
     source.staging = None
-    assert canary_catalog(Source()).resolve("champion").version in (ONE, TWO)
+    assert canary_catalog(AdapterSource()).resolve("champion").version in (ONE, TWO)
 
 
 def test_a_failing_canary_loses_its_share_until_there_is_another(source):
     catalog = canary_catalog(source, share=1.0)
     assert catalog.resolve("champion").version == TWO
     for _ in range(100):
-        catalog.canary.count("champion", ONE, failed=False)
+        catalog.canary.record("champion", ONE, failed=False)
     for i in range(20):
-        catalog.canary.count("canary", TWO, failed=i % 2 == 0)
+        catalog.canary.record("canary", TWO, failed=i % 2 == 0)
     assert catalog.resolve("champion").version == ONE
     refreshed(catalog)
     source.names["x"] = OTHER
@@ -223,8 +223,8 @@ def test_a_failing_canary_loses_its_share_until_there_is_another(source):
 def test_a_canary_that_fails_no_more_than_the_champion_stays(source):
     catalog = canary_catalog(source, share=1.0)
     for i in range(100):
-        catalog.canary.count("champion", ONE, failed=i % 10 == 0)
-        catalog.canary.count("canary", TWO, failed=i % 10 == 0)
+        catalog.canary.record("champion", ONE, failed=i % 10 == 0)
+        catalog.canary.record("canary", TWO, failed=i % 10 == 0)
     assert catalog.resolve("champion").version == TWO
 
 
