@@ -81,12 +81,17 @@ def _gpu() -> Finding:
 
 
 _KEYS = ("S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_OTHER_KEYS = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_PROFILE")
 
 
 def _store_keys(store: str | None) -> Finding:
-    absent = [name for name in _KEYS if not os.environ.get(name)]
+    from feyntune.settings import ENDPOINTS, variable
+
+    absent = [name for name in _KEYS if not variable(*(ENDPOINTS if name == _KEYS[0] else (name,)))]
     if not absent:
         return Finding("store keys", "ok", f"{', '.join(_KEYS)} are set.")
+    if source := next((name for name in _OTHER_KEYS if variable(name)), None):
+        return Finding("store keys", "ok", f"Keys come from {source}.")
     needed = store is not None and store.startswith("s3://")
     return Finding(
         "store keys", "missing" if needed else "optional", f"{', '.join(absent)} not set: an s3:// store needs them."

@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # no test asks the network for keys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -162,7 +163,7 @@ def s3_server():
 @pytest.fixture
 def s3(s3_server, monkeypatch) -> str:
     """Address of a fresh bucket; the environment holds what is needed to open it."""
-    from feyntune.artifacts.store import S3Store
+    from feyntune.artifacts.s3 import S3Store
     from feyntune.settings import S3Settings
 
     for name, value in s3_server.items():

@@ -4,31 +4,22 @@ Both speak the same few words. A sealed folder travels file by file with its man
 store too a folder without a manifest does not exist, and none is ever overwritten.
 """
 
+import errno
 import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import BinaryIO, Protocol
-from urllib.parse import urlsplit
-
-import urllib3
-from minio import Minio
-from minio.error import MinioException, S3Error
 
 from feyntune.artifacts.artifact import MANIFEST, ArtifactError, Manifest, open_artifact, parse_manifest, sha256_file
-from feyntune.errors import UserError
-from feyntune.settings import S3Settings
-
-
-class StoreError(UserError):
-    """The store refused, is away, or returned something damaged."""
-
-
-class Missing(StoreError):
-    """There is no object of that name."""
+from feyntune.artifacts.names import Missing, StoreError, checked_name, parse_address
 
 
 class Store(Protocol):
@@ -40,7 +31,12 @@ class Store(Protocol):
     def put(self, name: str, data: bytes) -> None: ...
     def get_file(self, name: str, path: Path) -> None: ...
     def put_file(self, name: str, path: Path) -> None: ...
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object unless one of that name exists; whether this call wrote it. See `creates_atomically`."""
+        ...
+
     def exists(self, name: str) -> bool: ...
+    def modified(self, name: str) -> datetime: ...
     def names(self, prefix: str = "") -> Iterator[str]: ...
     def delete(self, name: str) -> None: ...
 
@@ -54,31 +50,35 @@ def open_store(uri: str, tries: int = 6) -> Store:
     Raises:
         UserError: an unknown scheme, or an s3:// address without keys in the environment.
     """
-    scheme = urlsplit(uri).scheme
-    if scheme == "s3":
+    kind, _, _ = parse_address(uri)
+    if kind == "s3":
+        from feyntune.artifacts.s3 import S3Store
+        from feyntune.settings import S3Settings
+
         return S3Store(uri, S3Settings.from_env(), tries)
-    if scheme in ("", "file"):
-        return FolderStore(uri)
-    raise UserError(f"Store {uri!r}: the address must start with s3:// or file://, or be a folder.")
+    return FolderStore(uri)
 
 
-def _checked(name: str) -> str:
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name.rstrip("/"):
-        raise StoreError(f"{name!r} is not a name inside the store: use relative names without '..'.")
-    return name
+_FIXES = {
+    errno.ENOSPC: "the disk is full, free some space",
+    errno.EDQUOT: "your disk quota is used up, free some space",
+    errno.EROFS: "the file system is read-only, choose another folder",
+    errno.EACCES: "you have no right to write there, choose another folder",
+    errno.EPERM: "you have no right to write there, choose another folder",
+    errno.ENOTDIR: "a part of the path is a file, choose another folder",
+    errno.ENAMETOOLONG: "the path is too long, choose a shorter folder",
+}
 
 
 class FolderStore:
     """A folder of this machine."""
 
     def __init__(self, uri: str):
-        parts = urlsplit(uri)
-        self.root = Path(parts.path if parts.scheme == "file" else uri).expanduser().resolve()
+        self.root = Path(parse_address(uri)[2])
         self.uri = self.root.as_uri()
 
     def _path(self, name: str) -> Path:
-        return self.root / _checked(name)
+        return self.root / checked_name(name)
 
     def get(self, name: str) -> bytes:
         try:
@@ -99,19 +99,43 @@ class FolderStore:
         with path.open("rb") as f:
             self._put(name, f)
 
-    def _put(self, name: str, data: BinaryIO) -> None:
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self._put(name, io.BytesIO(data), os.link)
+        except FileExistsError:
+            return False
+        return True
+
+    def _put(self, name: str, data: BinaryIO, publish: Callable[[str, Path], None] = os.replace) -> None:
+        """Write a file aside and give it its name when it is whole."""
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".put.", delete=False) as f:
-            try:
-                shutil.copyfileobj(data, f)
-                f.flush()
-                os.fsync(f.fileno())
-                os.chmod(f.name, 0o644)
-                os.replace(f.name, path)
-            except BaseException:
-                Path(f.name).unlink(missing_ok=True)
-                raise
+        with self._writing(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".put.", delete=False) as f:
+                try:
+                    shutil.copyfileobj(data, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+                    os.chmod(f.name, 0o644)
+                    publish(f.name, path)
+                finally:
+                    Path(f.name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as e:
+            fix = _FIXES.get(e.errno or 0, "check the folder")
+            raise StoreError(f"{self.root / name} cannot be written ({e.strerror}): {fix}.") from e
+
+    def modified(self, name: str) -> datetime:
+        try:
+            return datetime.fromtimestamp(self._path(name).stat().st_mtime, UTC)
+        except FileNotFoundError as e:
+            raise Missing(f"{self.uri}/{name} does not exist.") from e
 
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -125,99 +149,27 @@ class FolderStore:
         self._path(name).unlink(missing_ok=True)
 
 
-class S3Store:
-    """A bucket, or a prefix of one, on any S3 server. Path-style addresses; keys never appear in messages."""
+def creates_atomically(store: Store) -> bool:
+    """Whether, of several concurrent `create`s of one object, exactly one succeeds: tried with four.
 
-    def __init__(self, uri: str, settings: S3Settings, tries: int = 6):
-        parts = urlsplit(uri)
-        self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
-        if not self.bucket:
-            raise UserError(f"Store {uri!r} names no bucket: write s3://bucket/prefix.")
-        self.uri = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
-        self.client = Minio(
-            settings.host,
-            access_key=settings.access_key.get_secret_value(),
-            secret_key=settings.secret_key.get_secret_value(),
-            secure=settings.secure,
-            region=settings.region,
-            http_client=urllib3.PoolManager(
-                maxsize=16,
-                timeout=urllib3.Timeout(connect=10, read=60),
-                retries=urllib3.Retry(
-                    total=tries,
-                    backoff_factor=0.5,
-                    status_forcelist=(500, 502, 503, 504),
-                    allowed_methods=None,  # POST too, with which a large upload begins and ends
-                ),
-            ),
-        )
+    S3 servers without conditional writes ignore the condition (all succeed) or refuse it; some file systems have no
+    hard links. Needs the right to write; the object is deleted afterwards where that is allowed.
+    """
+    name = f"probe/{uuid.uuid4()}"
+    start = threading.Barrier(4)
 
-    def _key(self, name: str) -> str:
-        return f"{self.prefix}/{_checked(name)}" if self.prefix else _checked(name)
+    def create(number: int) -> bool:
+        start.wait()
+        return store.create(name, b"%d" % number)
 
-    def _error(self, e: Exception, name: str) -> StoreError:
-        where = f"{self.uri}/{name}"
-        if isinstance(e, S3Error):
-            if e.code in ("NoSuchKey", "NoSuchObject"):
-                return Missing(f"{where} does not exist.")
-            if e.code == "NoSuchBucket":
-                return StoreError(f"Bucket {self.bucket} does not exist: create it, or correct the address.")
-            return StoreError(f"{where}: the store answered {e.code} ({e.message}).")
-        if isinstance(e, MinioException):  # a proxy's page, for one
-            return StoreError(f"{where}: what answers is not an S3 store ({str(e)[:200]}): check S3_ENDPOINT.")
-        return StoreError(f"{where}: the store does not answer ({type(e).__name__}): check S3_ENDPOINT.")
-
-    @contextmanager
-    def _asking(self, name: str) -> Iterator[None]:
-        """Whatever goes wrong with the object `name` becomes a StoreError."""
-        try:
-            yield
-        except (MinioException, urllib3.exceptions.HTTPError) as e:
-            raise self._error(e, name) from e
-
-    def get(self, name: str) -> bytes:
-        with self._asking(name):
-            response = self.client.get_object(self.bucket, self._key(name))
-            try:
-                return response.read()
-            finally:
-                response.close()
-                response.release_conn()
-
-    def put(self, name: str, data: bytes) -> None:
-        with self._asking(name):
-            self.client.put_object(self.bucket, self._key(name), io.BytesIO(data), len(data))
-
-    def get_file(self, name: str, path: Path) -> None:
-        with self._asking(name):
-            self.client.fget_object(self.bucket, self._key(name), str(path))
-
-    def put_file(self, name: str, path: Path) -> None:
-        with self._asking(name):
-            try:
-                self.client.fput_object(self.bucket, self._key(name), str(path))
-            except S3Error as e:
-                # The upload was ended, the answer got lost, and its end was asked for again: all is well.
-                if e.code != "NoSuchUpload" or not self.exists(name):
-                    raise
-
-    def exists(self, name: str) -> bool:
-        try:
-            with self._asking(name):
-                self.client.stat_object(self.bucket, self._key(name))
-        except Missing:
-            return False
-        return True
-
-    def names(self, prefix: str = "") -> Iterator[str]:
-        start = f"{self.prefix}/" if self.prefix else ""
-        with self._asking(prefix):
-            for item in self.client.list_objects(self.bucket, prefix=start + prefix, recursive=True):
-                yield str(item.object_name).removeprefix(start)
-
-    def delete(self, name: str) -> None:
-        with self._asking(name):
-            self.client.remove_object(self.bucket, self._key(name))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            won = sum(pool.map(create, range(4)))
+    except StoreError:
+        won = 0
+    with suppress(StoreError):
+        store.delete(name)
+    return won == 1
 
 
 def push(store: Store, folder: str | Path, name: str) -> Manifest:
@@ -266,7 +218,7 @@ def pull(store: Store, name: str, folder: str | Path, kind: str | None = None) -
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for file, expected in manifest.files.items():
-            path = tmp / _checked(file)
+            path = tmp / checked_name(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(f"{name}/{file}", path)
             if path.stat().st_size != expected.size or sha256_file(path) != expected.sha256:

@@ -18,9 +18,9 @@ from pathlib import Path
 import requests
 
 from feyntune.artifacts.artifact import MANIFEST, write_artifact
-from feyntune.artifacts.store import StoreError, open_store, pull, push
+from feyntune.artifacts.s3 import make_bucket
+from feyntune.artifacts.store import open_store, pull, push
 from feyntune.errors import EXIT_BAD_INPUT, UserError
-from feyntune.settings import S3Settings
 from feyntune.telemetry import log, setup
 
 KEYS = Path("/etc/feyntune/keys/keys")
@@ -28,36 +28,12 @@ LEVEL = "restricted"
 
 
 def bucket(name: str) -> None:
-    """Make the bucket `name` on the S3 server of the environment, unless it is there.
+    """Make the bucket `name` on the S3 server of the environment, unless it exists.
 
     Raises:
         UserError: the server does not answer or refuses.
     """
-    import urllib3
-    from minio import Minio
-    from minio.error import S3Error
-
-    settings = S3Settings.from_env()
-    client = Minio(
-        settings.host,
-        access_key=settings.access_key.get_secret_value(),
-        secret_key=settings.secret_key.get_secret_value(),
-        secure=settings.secure,
-        region=settings.region,
-        # A bundled store starts at the same time: wait for it about a minute, then let the Job try again.
-        http_client=urllib3.PoolManager(timeout=10, retries=urllib3.Retry(total=6, backoff_factor=1)),
-    )
-    try:
-        if client.bucket_exists(name):
-            log.info("bucket %s is there", name)
-            return
-        client.make_bucket(name, location=settings.region)
-        log.info("bucket %s is made", name)
-    except S3Error as e:
-        if e.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-            raise StoreError(f"Bucket {name}: {settings.host} answered {e.code}: check the keys' rights.") from e
-    except urllib3.exceptions.HTTPError as e:
-        raise StoreError(f"Bucket {name}: {settings.host} does not answer ({type(e).__name__}): is it up?") from e
+    log.info("bucket %s %s", name, "was created" if make_bucket(name) else "exists")
 
 
 def restrict_namespace(name: str) -> None:

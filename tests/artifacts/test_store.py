@@ -8,7 +8,9 @@ import pytest
 from pydantic import SecretStr
 
 from feyntune.artifacts.artifact import MANIFEST, ArtifactError, File, Manifest, _digest, open_artifact, write_artifact
-from feyntune.artifacts.store import FolderStore, Missing, S3Store, StoreError, open_store, pull, push, stored_manifest
+from feyntune.artifacts.names import Missing, StoreError
+from feyntune.artifacts.s3 import S3Store
+from feyntune.artifacts.store import FolderStore, open_store, pull, push, stored_manifest
 from feyntune.errors import UserError
 from feyntune.settings import S3Settings
 

@@ -84,7 +84,7 @@ def test_the_store_check_writes_reads_compares_and_leaves_nothing(s3):
 
 
 def test_the_store_check_sees_changed_bytes(s3, monkeypatch):
-    from feyntune.artifacts.store import S3Store
+    from feyntune.artifacts.s3 import S3Store
 
     put = S3Store.put_file
 

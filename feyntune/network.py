@@ -1,0 +1,99 @@
+"""HTTP connections as users of curl, pip and the AWS command line know them: through proxies, with private CAs."""
+
+import ipaddress
+import os
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
+
+import urllib3
+
+from feyntune.errors import UserError
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy for `url` by http_proxy, https_proxy, all_proxy and no_proxy (either case); None for none.
+
+    no_proxy takes host names, domains, addresses and networks (10.0.0.0/8).
+
+    Raises:
+        UserError: the proxy is not an http(s) URL.
+    """
+    parts = urlsplit(url)
+    proxies = getproxies_environment()
+    proxy = (proxies.get(parts.scheme) or proxies.get("all") or "").strip()
+    if not proxy or proxy_bypass_environment(parts.netloc, proxies) or _in_network(parts.hostname, proxies.get("no")):
+        return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https") or not urlsplit(proxy).hostname:
+        name = f"{parts.scheme}_proxy" if proxies.get(parts.scheme) else "all_proxy"
+        raise UserError(
+            f"{name} is not an http:// or https:// address: correct it, or add {parts.hostname} to no_proxy."
+        )
+    return proxy
+
+
+def _in_network(hostname: str | None, no_proxy: str | None) -> bool:
+    try:
+        address = ipaddress.ip_address(hostname or "")
+    except ValueError:
+        return False
+    for entry in (no_proxy or "").split(","):
+        try:
+            if address in ipaddress.ip_network(entry.strip(), strict=False):
+                return True
+        except ValueError:
+            continue
+    return False
+
+
+def http_pool(url: str, ca_bundle: str | None = None, **options: Any) -> urllib3.PoolManager:
+    """A connection pool for `url`, through the environment's proxy for it.
+
+    Args:
+        ca_bundle: a PEM file of certificate authorities; by default SSL_CERT_FILE, else the system's.
+        options: of urllib3's PoolManager.
+
+    Raises:
+        UserError: the proxy or a file of certificates cannot be used.
+    """
+    ca_bundle = ca_bundle or os.environ.get("SSL_CERT_FILE", "").strip() or None
+    if ca_bundle and urlsplit(url).scheme == "https":
+        if not os.path.isfile(ca_bundle):
+            raise UserError(f"SSL_CERT_FILE is {ca_bundle}, which is not a file: give the path of a PEM file.")
+        options["ca_certs"] = ca_bundle
+    proxy = proxy_for(url)
+    if proxy is None:
+        return urllib3.PoolManager(**options)
+    parts = urlsplit(proxy)
+    headers = None
+    if parts.username:
+        headers = urllib3.make_headers(
+            proxy_basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}",
+        )
+    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # the password stays out of messages
+    return urllib3.ProxyManager(address, proxy_headers=headers, **options)
+
+
+def describe_failure(error: Exception, url: str) -> str:
+    """Why a request to `url` failed, in words that name the proxy or the certificate where one is the cause."""
+    reason = getattr(error, "reason", None) or error
+    if isinstance(reason, urllib3.exceptions.ProxyError):
+        return f"the proxy {_shown(proxy_for(url))} does not let the request through: check https_proxy and no_proxy"
+    if isinstance(reason, urllib3.exceptions.SSLError) and "CERTIFICATE" in str(reason).upper():
+        return "its TLS certificate is not trusted: set SSL_CERT_FILE to the PEM file of the certificate authority"
+    if isinstance(reason, urllib3.exceptions.SSLError):
+        return "it does not speak TLS on this port: check https:// against http://"
+    if isinstance(reason, urllib3.exceptions.NameResolutionError):
+        return "its host name cannot be resolved: check the address"
+    return type(reason).__name__
+
+
+def _shown(proxy: str | None) -> str:
+    return urlsplit(proxy or "").netloc.rpartition("@")[2]
+
+
+def is_untrusted(error: Exception | None) -> bool:
+    """Whether a TLS certificate was refused, which no retry changes."""
+    return isinstance(error, urllib3.exceptions.SSLError) and "CERTIFICATE" in str(error).upper()
