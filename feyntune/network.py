@@ -1,7 +1,9 @@
 """HTTP connections as users of curl, pip and the AWS command line know them: through proxies, with private CAs."""
 
+import contextlib
 import ipaddress
 import os
+import socket
 from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
@@ -74,6 +76,29 @@ def http_pool(url: str, ca_bundle: str | None = None, **options: Any) -> urllib3
         )
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # the password stays out of messages
     return urllib3.ProxyManager(address, proxy_headers=headers, **options)
+
+
+def refuse_link_local(url: str) -> None:
+    """Refuse a URL whose host is link-local: 169.254.169.254 hands a cloud's credentials to whoever asks.
+
+    Raises:
+        UserError: it is.
+    """
+    hostname = urlsplit(url).hostname or ""
+    if proxy_for(url) is not None:
+        addresses = [hostname]  # the proxy resolves names
+    else:
+        try:
+            addresses = [str(info[4][0]) for info in socket.getaddrinfo(hostname, None)]
+        except OSError:
+            return  # the request itself says so
+    for address in addresses:
+        with contextlib.suppress(ValueError):
+            ip = ipaddress.ip_address(address.partition("%")[0])
+            if ip.is_link_local or (
+                isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped and ip.ipv4_mapped.is_link_local
+            ):
+                raise UserError(f"{url} is a link-local address (a cloud's metadata service, for one): it is refused.")
 
 
 def describe_failure(error: Exception, url: str) -> str:

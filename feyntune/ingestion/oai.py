@@ -5,6 +5,7 @@ and says what to ask for next. So a harvest that dies resumes with the page it w
 only for what changed since.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode, urljoin
 
 import urllib3
 import zstandard
@@ -22,8 +24,11 @@ from feyntune.artifacts.records import SOURCES, Paper
 from feyntune.errors import UserError
 from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper, parse_id
 from feyntune.ingestion.tally import DELETED, OTHER_CATEGORY, Tally
+from feyntune.network import describe_failure, http_pool, refuse_link_local
 from feyntune.telemetry import log, progress
 
+_PAGE_BYTES = 256 << 20  # unpacked; arXiv's pages have 1 to 3 MiB
+_REDIRECTS = 5
 _TRIES = 4  # of a page that does not arrive whole
 _RESTARTS = 3  # with an expired token, without getting further
 
@@ -65,7 +70,8 @@ class Harvest:
         request = {"url": url, "prefix": prefix, "set": oai_set, "since": since.isoformat() if since else None}
         self.request = request
         self.state = self._load(request)
-        self.http = urllib3.PoolManager(
+        self.http = http_pool(
+            url,
             num_pools=1,
             maxsize=1,
             retries=_PatientRetry(
@@ -201,20 +207,38 @@ class Harvest:
         for _ in range(_TRIES):
             time.sleep(max(0.0, self.last_request + self.delay - time.monotonic()))
             try:
-                answer = self.http.request("GET", self.url, fields=arguments)
-            except urllib3.exceptions.HTTPError as e:
-                cause = getattr(e, "reason", None) or e
+                body = self._fetch(f"{self.url}?{urlencode(arguments)}")
+                return body, _parse(body)
+            except urllib3.exceptions.MaxRetryError as e:
+                cause = describe_failure(e, self.url)
                 raise UserError(f"{self.url} cannot be harvested now ({cause}): run again later to resume.") from e
-            finally:
-                self.last_request = time.monotonic()
-            if answer.status != 200:
-                raise UserError(f"{self.url} answered HTTP {answer.status} {answer.reason}: check the address.")
-            try:
-                return answer.data, _parse(answer.data)
-            except _Malformed as e:
+            except (_Malformed, urllib3.exceptions.HTTPError) as e:
                 problem = str(e)
                 log.warning("%s answered with a page that cannot be read (%s): asking again", self.url, problem)
+            finally:
+                self.last_request = time.monotonic()
         raise UserError(f"{self.url} answered {_TRIES} times with no OAI-PMH ({problem}): run again later to resume.")
+
+    def _fetch(self, url: str) -> bytes:
+        """The body of a page, unpacked, up to _PAGE_BYTES; redirects are followed."""
+        for _ in range(_REDIRECTS):
+            refuse_link_local(url)
+            with contextlib.closing(self.http.request("GET", url, redirect=False, preload_content=False)) as answer:
+                location = answer.headers.get("location")
+                if answer.status in (301, 302, 303, 307, 308) and location:
+                    url = urljoin(url, location)
+                    continue
+                if answer.status != 200:
+                    raise UserError(f"{self.url} answered HTTP {answer.status} {answer.reason}: check the address.")
+                body = bytearray()
+                while part := answer.read(1 << 16):
+                    body += part
+                    if len(body) > _PAGE_BYTES:
+                        raise UserError(
+                            f"{self.url} sent a page of more than {_PAGE_BYTES >> 20} MiB: report it to them."
+                        )
+                return bytes(body)
+        raise UserError(f"{self.url} redirects again and again: check the address.")
 
     # --- the folder ---
 
@@ -274,12 +298,18 @@ class _Malformed(Exception):
 _NOT_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # control characters that a page may hold and XML may not
 
 
+_HTML = re.compile(rb"\s*<(!doctype html|html|head|body)\b", re.IGNORECASE)
+_PAGE = "a web page, such as the login page of a network or a proxy: open the address in a browser"
+
+
 def _parse(body: bytes) -> Any:
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False)
     try:
         root = etree.fromstring(_NOT_XML.sub(b"", body), parser)
     except etree.XMLSyntaxError as e:
-        raise _Malformed(f"malformed XML: {e}") from None
+        raise _Malformed(_PAGE if _HTML.match(body) else f"malformed XML: {e}") from None
+    if _HTML.match(body):
+        raise _Malformed(_PAGE)
     if etree.QName(root).localname != "OAI-PMH":
         raise _Malformed(f"a page of <{etree.QName(root).localname}>")
     return root

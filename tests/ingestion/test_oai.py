@@ -1,8 +1,12 @@
 """Harvests against a server that speaks the real protocol on the loopback, faults included."""
 
+import contextlib
+import gzip
 import json
+import threading
 from dataclasses import replace
 from datetime import date
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as pq
 import pytest
@@ -122,7 +126,7 @@ def test_a_server_that_never_accepts_its_tokens_is_given_up(tmp_path):
 
 def test_a_server_that_only_answers_html_is_given_up_and_nothing_is_lost(tmp_path):
     with server(faults=dict.fromkeys(range(3, 40), "html")).running() as s:
-        with pytest.raises(UserError, match=r"no OAI-PMH.*(<html>|malformed)"):
+        with pytest.raises(UserError, match=r"no OAI-PMH.*login page"):
             harvest(tmp_path, s.url)
         assert len(s.requests) == 6
     assert len(list((tmp_path / "state" / "pages").iterdir())) == 2
@@ -288,3 +292,73 @@ def test_since_is_asked_for(tmp_path):
     with server().running() as s:
         Harvest(s.url, tmp_path, delay=0.0, since=date(2020, 5, 1)).run()
     assert s.requests[0]["from"] == "2020-05-01"
+
+
+@contextlib.contextmanager
+def answering(*answers):
+    """An HTTP server that gives these (status, headers, body) in turn, then the last; yields address, paths."""
+    paths = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers, body = answers[min(len(paths), len(answers) - 1)]
+            paths.append(self.path)
+            self.send_response(status)
+            for name, value in {"content-length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", paths
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+NOTHING = (
+    b"<OAI-PMH xmlns='http://www.openarchives.org/OAI/2.0/'><responseDate>2026-11-01T00:00:00Z</responseDate>"
+    b"<error code='noRecordsMatch'>none</error></OAI-PMH>"
+)
+
+
+def test_a_harvest_goes_through_the_proxy_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with answering((200, {"content-type": "text/xml"}, NOTHING)) as (proxy, paths):
+        monkeypatch.setenv("http_proxy", proxy)
+        Harvest("http://oaipmh.case.invalid/oai", tmp_path / "h", delay=0).run()
+    assert paths[0].startswith("http://oaipmh.case.invalid/oai?verb=ListRecords")
+
+
+def test_a_login_page_that_a_redirect_leads_to_is_recognized(tmp_path):
+    login = (200, {"content-type": "text/html"}, b"<!DOCTYPE html><title>Sign in</title>")
+    redirect = (302, {"location": "/login"}, b"")
+    with answering(redirect, login, redirect, login) as (url, paths), pytest.raises(UserError, match="login page"):
+        Harvest(f"{url}/oai", tmp_path / "h", delay=0).run()
+    assert paths[1] == "/login"
+
+
+def test_a_page_that_unpacks_without_end_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("feyntune.ingestion.oai._PAGE_BYTES", 1 << 20)
+    bomb = gzip.compress(bytes(4 << 20))
+    with answering((200, {"content-encoding": "gzip"}, bomb)) as (url, _), pytest.raises(UserError, match="1 MiB"):
+        Harvest(f"{url}/oai", tmp_path / "h", delay=0).run()
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"])
+def test_link_local_hosts_are_refused(tmp_path, host):
+    with pytest.raises(UserError, match="link-local"):
+        Harvest(f"http://{host}/latest/meta-data", tmp_path / "h", delay=0).run()
+
+
+def test_a_redirect_to_a_link_local_host_is_refused(tmp_path):
+    away = (302, {"location": "http://169.254.169.254/"}, b"")
+    with answering(away) as (url, paths), pytest.raises(UserError, match="link-local"):
+        Harvest(f"{url}/oai", tmp_path / "h", delay=0).run()
+    assert len(paths) == 1
