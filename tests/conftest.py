@@ -1,4 +1,4 @@
-"""What tests of several rooms share: a mini base model and a mini split, made once a session.
+"""What tests of several packages share: a mini base model and a mini split, made once a session.
 
 Loopback only: nothing here or in a test reaches a hub, and one thread computes, so that bytes can be compared.
 """
@@ -76,6 +76,9 @@ _OBJECTS = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: on several processes none of them is left for the end."""
+    for item in items:
+        if _is_unit(item.path) and not item.get_closest_marker("slow"):
+            item.add_marker("unit")
     slow = {i.path for i in items if i.get_closest_marker("slow")}
     items.sort(key=lambda i: i.path not in slow)
 
@@ -186,6 +189,42 @@ def store(store_uri):
     from feyntune.artifacts.store import open_store
 
     return open_store(store_uri)
+
+
+# Test files without processes, servers and training: `make check`. A new file may be added here, or carry the mark.
+UNIT = {
+    "artifacts/test_artifact.py",
+    "artifacts/test_records.py",
+    "evaluation/test_overlap.py",
+    "evaluation/test_prompts.py",
+    "evaluation/test_repetition.py",
+    "evaluation/test_statistics.py",
+    "ingestion/test_atom.py",
+    "ingestion/test_fields.py",
+    "ingestion/test_kaggle.py",
+    "ingestion/test_synthetic.py",
+    "registry/test_gate.py",
+    "registry/test_replay.py",
+    "splitting/test_assign.py",
+    "splitting/test_duplicates.py",
+    "splitting/test_mixtures.py",
+    "study/test_agreement.py",
+    "study/test_study.py",
+    "test_extras.py",
+    "test_names.py",
+    "test_packaging.py",
+    "test_variants.py",
+}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m unit` does not even import the other files: they import torch."""
+    unit = config.getoption("markexpr") == "unit" and collection_path.name.startswith("test_")
+    return True if unit and not _is_unit(collection_path) else None
+
+
+def _is_unit(path: Path) -> bool:
+    return path.relative_to(Path(__file__).parent).as_posix() in UNIT
 
 
 @pytest.fixture(autouse=True)

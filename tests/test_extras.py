@@ -2,8 +2,6 @@ import pytest
 
 from feyntune.extras import missing_extra
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize(
     ("module", "verb", "extra"),
