@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from feyntune.artifacts.artifact import Manifest, open_artifact, sha256_json, write_artifact
 from feyntune.errors import UserError
 from feyntune.model.load import encode
-from feyntune.model.packed import ATTENTION, IGNORE, budgeted, head, hidden_states, pack
+from feyntune.model.packed import ATTENTION, IGNORE, head, hidden_states, pack
 from feyntune.telemetry import log, progress
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"  # Llama 3's names
@@ -43,6 +43,7 @@ def make_tiny_base(
     steps: int = 120,
     tokens_per_step: int = 768,
     learning_rate: float = 6e-3,
+    dtype: torch.dtype = torch.float32,
 ) -> Manifest:
     """Train a byte-level BPE and a Llama on `texts` and seal them in `out` (kind `base`).
 
@@ -50,6 +51,7 @@ def make_tiny_base(
         vocab: the most tokens the BPE may have; poor text gives fewer.
         context: most tokens of a text; a longer one is cut.
         steps, tokens_per_step: length of the training; texts are repeated if they do not suffice.
+        dtype: of the weights that are written; training is in fp32.
 
     Raises:
         UserError: `texts` is empty.
@@ -73,6 +75,7 @@ def make_tiny_base(
     config |= {"learning_rate": learning_rate}
     transformers_logging.disable_progress_bar()
     with write_artifact(out, "base", inputs={"texts": sha256_json(texts)}, config=config) as folder:
+        torch.nn.Module.to(model, dtype)
         model.save_pretrained(folder.path)
         tokenizer.save_pretrained(folder.path)
         folder.stats |= {"loss": loss, "parameters": model.num_parameters(), "tokens": len(tokenizer)}
@@ -90,6 +93,10 @@ def _tokenizer(texts: Sequence[str], vocab: int, context: int) -> PreTrainedToke
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    # A prompt begins with BOS for every program that reads the folder, as with Llama 3's tokenizer.
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=context
     )
@@ -133,12 +140,11 @@ def _train(
     seed: int,
 ) -> float:
     """Returns the mean loss of the last tenth of the steps, nats a token."""
-    documents = [encode(tokenizer, t)[:context] for t in texts]
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimiser, math.ceil(steps / 20), steps)
     losses = []
     with progress("tiny base", steps, "steps") as ticker:
-        for _, batch in zip(range(steps), _batches(documents, tokens_per_step, seed), strict=False):
+        for _, batch in zip(range(steps), _batches(tokenizer, texts, tokens_per_step, context, seed), strict=False):
             packed = pack(batch)
             logits = head(model)(hidden_states(model, packed)).float()
             loss = F.cross_entropy(logits, packed.labels[0], ignore_index=IGNORE)
@@ -154,10 +160,17 @@ def _train(
     return sum(last) / len(last)
 
 
-def _batches(documents: Sequence[list[int]], budget: int, seed: int) -> Iterator[list[list[int]]]:
-    """Batches of about `budget` tokens, for ever; every pass in another order."""
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], budget: int, context: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """Batches of about `budget` tokens without end; every pass in another order. Texts are encoded when needed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        for group in budgeted([len(documents[i]) for i in order], budget):
-            yield [documents[order[i]] for i in group]
+        batch: list[list[int]] = []
+        for i in torch.randperm(len(texts), generator=generator).tolist():
+            document = encode(tokenizer, texts[i])[:context]
+            if batch and sum(map(len, batch)) + len(document) > budget:
+                yield batch
+                batch = []
+            batch.append(document)
+        yield batch

@@ -1,0 +1,122 @@
+"""Commands for a Kubernetes cluster: compile, upload, submit, deploy, push-base."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from feyntune.cli.options import Json, Out, parse_object, print_result, setup_logging
+from feyntune.errors import UserError
+
+app = typer.Typer()
+
+Flavour = Annotated[Literal["gpu", "cpu"], typer.Option(help="With or without GPUs.")]
+Host = Annotated[str, typer.Option(help="URL of Kubeflow Pipelines.")]
+Images = Annotated[str | None, typer.Option(help="Prefix of the images in your registry.")]
+Namespace = Annotated[str | None, typer.Option(help="Profile namespace (multi-user Kubeflow).")]
+TokenFile = Annotated[str | None, typer.Option(help="File with a bearer token for the host.")]
+ClusterSettings = Annotated[
+    str | None,
+    typer.Option(
+        "--settings",
+        help="File with the cluster's values (images, GPU pool, defaults), see feyntune/kubeflow/adapt.py.",
+    ),
+]
+
+
+@app.command("compile", epilog="Example: feyntune compile --settings cluster.yaml --out build")
+def compile_(out: Out, settings: ClusterSettings = None, as_json: Json = False) -> None:
+    """Write the pipelines' YAML, with a cluster's own values in it, to upload by hand."""
+    from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, read_settings
+
+    values = read_settings(settings) if settings else Settings()
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for source in sorted(COMPILED.glob("*.yaml")):
+        sizes[str(out / source.name)] = (out / source.name).write_text(adapt(source.read_text(), values))
+    print_result(sizes, as_json, "\n".join(f"{path}  {size:,} bytes" for path, size in sizes.items()))
+
+
+@app.command(epilog="Example: feyntune upload --host http://localhost:8888 --images registry.example/team")
+def upload(
+    host: Host,
+    version: Annotated[str | None, typer.Option(help="Name of the version; the package's by default.")] = None,
+    images: Images = None,
+    namespace: Namespace = None,
+    flavour: Flavour = "gpu",
+    token_file: TokenFile = None,
+    settings: ClusterSettings = None,
+    as_json: Json = False,
+) -> None:
+    """Upload the compiled pipelines to Kubeflow Pipelines."""
+    from feyntune import __version__
+    from feyntune.kubeflow.submit import upload
+
+    setup_logging(quiet=as_json)
+    ids = upload(host, version or __version__, images, namespace, flavour, token_file, settings)
+    print_result(ids, as_json, "\n".join(f"feyntune-{name}: version {i}" for name, i in ids.items()))
+
+
+@app.command(
+    epilog='Example: feyntune submit --host http://localhost:8888 --arguments "$(cat manifests/samples/run.json)"'
+)
+def submit(
+    host: Host,
+    pipeline: Annotated[str, typer.Option(help="suite or variant.")] = "suite",
+    arguments: Annotated[str, typer.Option(help="The run's parameters, as JSON.")] = "{}",
+    images: Images = None,
+    namespace: Namespace = None,
+    flavour: Flavour = "gpu",
+    token_file: TokenFile = None,
+    settings: ClusterSettings = None,
+    as_json: Json = False,
+) -> None:
+    """Start a run on a Kubeflow host."""
+    from feyntune.kubeflow.submit import submit
+
+    setup_logging(quiet=as_json)
+    if pipeline not in ("suite", "variant"):
+        raise UserError(f"--pipeline {pipeline}: choose suite or variant.")
+    values = parse_object(arguments, "--arguments", '{"variants": ["hep-th/lora-all"]}')
+    run_id = submit(host, pipeline, values, images, namespace, flavour, token_file, settings)
+    print_result({"run": run_id}, as_json, f"started run {run_id}")
+
+
+@app.command("push-base", epilog="Example: feyntune push-base llama-3.1-8b s3://feyntune/bases/llama-3.1-8b")
+def push_base(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model: config, tokenizer, safetensors.")],
+    address: Annotated[str, typer.Argument(help="Where to put it: s3://BUCKET/FOLDER.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a base model into the store, so that every step and endpoint can read it from there."""
+    from feyntune.model.base import push_base
+
+    setup_logging(quiet=as_json)
+    pinned = push_base(folder, address)
+    print_result({"base": pinned}, as_json, pinned)
+
+
+@app.command(epilog="Example: feyntune deploy serving.yaml --timeout 900")
+def deploy(
+    spec: Annotated[Path, typer.Argument(help="YAML file that describes the endpoint (docs/operate.md).")],
+    url: Annotated[str | None, typer.Option(help="Where this machine reaches the endpoint.")] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with one of the endpoint's bearer keys, where it asks for one (keys_secret)."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until it must answer.")] = 1800,
+    as_json: Json = False,
+) -> None:
+    """Deploy the registry's adapters to KServe; roll back if a smoke test fails."""
+    for path in (spec, key_file):
+        if path is not None and not path.is_file():
+            raise UserError(f"{path}: there is no such file.")
+    import yaml
+    from pydantic import SecretStr
+
+    from feyntune.deployment.deploy import deploy, parse_spec
+
+    setup_logging(quiet=as_json)
+    key = SecretStr(key_file.read_text().strip()) if key_file is not None else None
+    done = deploy(parse_spec(yaml.safe_load(spec.read_text())), url, key, timeout=timeout)
+    print_result(done.model_dump(mode="json"), as_json, f"{done.service} answers at {done.url}")

@@ -1,0 +1,31 @@
+"""`feyntune doctor`."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from feyntune.cli.options import Json, print_table, setup_logging
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: feyntune doctor --store s3://feyntune --host http://localhost:8888")
+def doctor(
+    store: Annotated[str | None, typer.Option(help="Store to check: a folder or s3://BUCKET/PREFIX.")] = None,
+    host: Annotated[str | None, typer.Option(help="URL of Kubeflow Pipelines to check.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Report what is missing on this machine or cluster, one sentence each."""
+    from feyntune.doctor import examine
+
+    setup_logging(quiet=as_json)
+    checks = list(examine(store, host))
+    if as_json:
+        print(json.dumps([c._asdict() for c in checks]))
+    else:
+        marks = {"ok": "ok", "missing": "MISSING", "optional": "-"}
+        print_table([[marks[c.state], c.what, c.sentence] for c in checks], ["", "", ""])
+    if any(c.state == "missing" for c in checks):
+        sys.exit(1)

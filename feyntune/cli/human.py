@@ -1,0 +1,142 @@
+"""Judging completions: external models that complete, models that judge, and blind studies with people."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from feyntune.cli.options import Json, Out, parse_object, print_result, setup_logging, validated
+from feyntune.errors import UserError
+
+app = typer.Typer()
+study_app = typer.Typer(
+    help="A blind study: people score completions without knowing which system wrote them.", no_args_is_help=True
+)
+
+Completed = Annotated[
+    list[Path], typer.Option("--completions", help="Folder with completions, of `evaluate` or `ask`; repeatable.")
+]
+Endpoints = Annotated[Path, typer.Option(help="YAML file of endpoints (docs/people.md).")]
+CHOICE_EXAMPLE = '{"rule": "paper", "decoding": "sampled"}'
+ChoiceOption = Annotated[str, typer.Option(help=f"Which completions, as JSON, such as '{CHOICE_EXAMPLE}'.")]
+
+
+@app.command(epilog="Example: feyntune ask evaluation/scores --endpoints endpoints.yaml --system claude --out answers")
+def ask(
+    evaluation: Annotated[Path, typer.Argument(help="Folder of an evaluation with completions of the base.")],
+    endpoints: Endpoints,
+    out: Out,
+    system: Annotated[list[str] | None, typer.Option(help="Endpoint to ask; repeatable; all by default.")] = None,
+    papers: Annotated[int, typer.Option(help="Number of prompts to complete.")] = 100,
+    rule: Annotated[str, typer.Option(help="Where prompts end: paper or careful.")] = "paper",
+    split_: Annotated[str, typer.Option("--split", help="test or holdout.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Generate baseline completions with external models."""
+    from feyntune.judging.endpoints import load_endpoints
+    from feyntune.judging.external import AskConfig, ask
+
+    setup_logging(quiet=as_json)
+    known = load_endpoints(endpoints)
+    selected = [_endpoint(known, name, endpoints) for name in system or known]
+    config = validated(AskConfig, {"papers": papers, "rule": rule, "split": split_})
+    stats = ask(evaluation, selected, out, config).stats
+    lines = [f"{n}: {f['answers']} of {f['questions']} answers, cost {f['cost']:.4g}" for n, f in stats.items()]
+    print_result(stats, as_json, "\n".join(lines))
+
+
+@app.command(epilog="Example: feyntune judge --completions scores --endpoints endpoints.yaml --judge gpt --out judged")
+def judge(
+    completions: Completed,
+    endpoints: Endpoints,
+    name: Annotated[str, typer.Option("--judge", help="Endpoint that judges.")],
+    out: Out,
+    papers: Annotated[int, typer.Option(help="Number of papers, each judged in both orders.")] = 100,
+    pairs: Annotated[str, typer.Option(help="base (every system against it) or all.")] = "base",
+    choice: ChoiceOption = "{}",
+    show_reference: Annotated[bool, typer.Option(help="Show the judge the abstract's own continuation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge completions in pairs by a language model, blind and in both orders."""
+    from feyntune.judging.endpoints import load_endpoints
+    from feyntune.judging.judges import JudgeConfig, judge
+
+    setup_logging(quiet=as_json)
+    values = {"papers": papers, "pairs": pairs, "show_reference": show_reference}
+    config = validated(JudgeConfig, {**values, "choice": parse_object(choice, "--choice", CHOICE_EXAMPLE)})
+    judge(completions, _endpoint(load_endpoints(endpoints), name, endpoints), out, config)
+    summary = json.loads((out / "summary.json").read_text())
+    lines = []
+    for d in summary["duels"]:
+        w = d["win_rate"]
+        rate = "no paper judged" if w["low"] is None else f"{w['mean']:.0%} [{w['low']:.0%}, {w['high']:.0%}]"
+        lines.append(f"{d['system']} against {d['against']}: {rate} of {d['papers']} papers")
+    about, unusable = summary["judge"], summary["unusable"]
+    lines.append(f"{about['answers']} answers, {unusable['count']} unusable, cost {about['cost']:.4g}")
+    print_result(summary, as_json, "\n".join(lines))
+
+
+@study_app.command(
+    "make",
+    epilog="Example: feyntune study make --completions scores --rater a --rater b --out study --key study-key",
+)
+def study_make(
+    completions: Completed,
+    rater: Annotated[list[str], typer.Option(help="Short name of a rater; repeatable.")],
+    out: Out,
+    key: Annotated[Path, typer.Option(help="Folder to write the key to; raters must not see it.")],
+    papers: Annotated[int, typer.Option(help="Number of papers drawn.")] = 25,
+    common: Annotated[int, typer.Option(help="Number of them that all raters score.")] = 5,
+    system: Annotated[list[str] | None, typer.Option(help="System beside the base; repeatable; all by default.")] = (
+        None
+    ),
+    choice: ChoiceOption = "{}",
+    show_reference: Annotated[bool, typer.Option(help="Show raters the abstract's own continuation.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws; random by default; written to the key.")] = None,
+) -> None:
+    """Draw papers; write one blind sheet per rater, and the key in another folder."""
+    from feyntune.study.study import StudyConfig, make
+
+    setup_logging()
+    values = {"raters": rater, "papers": papers, "common": common, "show_reference": show_reference}
+    config = validated(StudyConfig, {**values, "choice": parse_object(choice, "--choice", CHOICE_EXAMPLE)})
+    make(completions, out, key, config, seed, system or [])
+    print(f"{out}: {len(rater)} sheets; {key}: the key, keep it from raters")
+
+
+@study_app.command("serve", epilog="Example: feyntune study serve study --scores scores")
+def study_serve(
+    study: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    scores: Annotated[Path, typer.Option(help="Folder for the scores; the same folder resumes scoring.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8090,
+    url: Annotated[str | None, typer.Option(help="Address at which raters reach it, if another.")] = None,
+) -> None:
+    """Serve a scoring page; prints a link for every rater."""
+    from feyntune.study.page import serve
+
+    setup_logging()
+    serve(study, scores, host, port, url)
+
+
+@study_app.command("score", epilog="Example: feyntune study score study --key study-key --sheets scores --out result")
+def study_score(
+    study: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    key: Annotated[Path, typer.Option(help="Folder of its key.")],
+    sheets: Annotated[list[Path], typer.Option(help="Returned sheet, or a folder of them; repeatable.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Check returned sheets row by row, and summarize the scores."""
+    from feyntune.study.study import score
+
+    setup_logging(quiet=as_json)
+    score(study, key, sheets, out)
+    print_result(json.loads((out / "summary.json").read_text()), as_json, (out / "summary.md").read_text())
+
+
+def _endpoint(known: dict[str, Any], name: str, path: Path) -> Any:
+    if name not in known:
+        raise UserError(f"{path} has no endpoint {name}, only {', '.join(known)}.")
+    return known[name]

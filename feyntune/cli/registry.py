@@ -1,0 +1,146 @@
+"""Commands on the registry: what is registered, and what is served."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from feyntune.cli.options import (
+    DEFAULT_REGISTRY,
+    Alias,
+    Json,
+    Out,
+    RegistryUri,
+    VersionName,
+    print_result,
+    print_table,
+    setup_logging,
+    warn,
+)
+
+app = typer.Typer()
+registry_app = typer.Typer(help="List, inspect and export registered adapters.", no_args_is_help=True)
+
+
+def open_registry(uri: str) -> Any:
+    """The registry at `uri`; warns where it is a folder that does not exist."""
+    from feyntune.registry.registry import Registry
+
+    if "://" not in uri and not Path(uri).is_dir():
+        warn(f"there is no registry at {uri}: nothing is registered there yet.")
+    return Registry.open(uri)
+
+
+@app.command(epilog="Example: feyntune promote hep-th/lora-qkv --registry s3://feyntune/registry")
+def promote(
+    name: VersionName, registry: RegistryUri = DEFAULT_REGISTRY, alias: Alias = "champion", as_json: Json = False
+) -> None:
+    """Put a version that passed the gate into production; endpoints follow without a restart."""
+    setup_logging(quiet=as_json)
+    opened = open_registry(registry)
+    before = opened.snapshot()
+    version = opened.promote(name, alias)
+    print_result(version.model_dump(mode="json"), as_json, _changes(before, opened.snapshot()))
+
+
+@app.command(epilog="Example: feyntune rollback --registry s3://feyntune/registry")
+def rollback(registry: RegistryUri = DEFAULT_REGISTRY, alias: Alias = "champion", as_json: Json = False) -> None:
+    """Return an alias to the version that held it before; the current one leaves production."""
+    setup_logging(quiet=as_json)
+    opened = open_registry(registry)
+    before = opened.snapshot()
+    version = opened.rollback(alias)
+    print_result(version.model_dump(mode="json"), as_json, _changes(before, opened.snapshot()))
+
+
+def _changes(before: Any, after: Any) -> str:
+    """What a decision moved: aliases and stages, one line each."""
+    lines = []
+    for alias in sorted({*before.aliases, *after.aliases}):
+        old, new = before.aliases.get(alias), after.aliases.get(alias)
+        if old != new:
+            lines.append(f"{alias} is now {new or 'unset'}" + (f" (was {old})" if old else ""))
+    for name, version in after.versions.items():
+        old_stage = before.versions[name].stage if name in before.versions else None
+        if old_stage != version.stage:
+            lines.append(f"{name} is now in {version.stage}" + (f" (was in {old_stage})" if old_stage else ""))
+    return "\n".join(lines) or "Nothing changed."
+
+
+@registry_app.command("ls", epilog="Example: feyntune registry ls --registry s3://feyntune/registry")
+def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
+    """List all versions: stage, measured difference to the base, aliases."""
+    setup_logging(quiet=as_json)
+    state = open_registry(registry).snapshot()
+    if as_json:
+        versions = [v.model_dump(mode="json") for v in state.versions.values()]
+        print(json.dumps({"versions": versions, "aliases": state.aliases}))
+        return
+    rows = []
+    for v in state.versions.values():
+        delta = v.measured.delta
+        rows.append([v.name, v.stage, f"{delta.mean:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]"])
+    if not rows:
+        print("No version is registered.")
+        return
+    print_table(rows, ["version", "stage", "minus base [95 % CI]"])
+    if state.aliases:
+        print()
+        print_table([[alias, name] for alias, name in sorted(state.aliases.items())], ["alias", "version"])
+
+
+@registry_app.command("show", epilog="Example: feyntune registry show champion")
+def registry_show(name: VersionName, registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
+    """Show one version: its lineage, the gate's verdict, and its model card."""
+    setup_logging(quiet=as_json)
+    opened = open_registry(registry)
+    version = opened.resolve(name)
+    print_result(version.model_dump(mode="json"), as_json, opened.card(version.name))
+
+
+@registry_app.command("history", epilog="Example: feyntune registry history")
+def registry_history(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
+    """Show the registry's event log, oldest first, including rejected events."""
+    setup_logging(quiet=as_json)
+    entries = open_registry(registry).history()
+    if as_json:
+        print(json.dumps([e.model_dump(mode="json") for e in entries]))
+        return
+    for e in entries:
+        names = ", ".join([v.name for v in e.event.add] or e.event.versions)
+        moves = ", ".join(f"{alias}: {m.old or 'unset'} -> {m.new or 'unset'}" for alias, m in e.event.moves.items())
+        note = f"  (rejected: {e.rejected})" if e.rejected else ""
+        print(f"{e.event.time[:19]} {e.event.kind:9} {names}  {moves}{note}")
+
+
+@registry_app.command("diff", epilog="Example: feyntune registry diff champion previous")
+def registry_diff(
+    one: VersionName, other: VersionName, registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False
+) -> None:
+    """Show where two versions differ."""
+    from feyntune.registry.replay import diff
+
+    setup_logging(quiet=as_json)
+    opened = open_registry(registry)
+    differences = diff(opened.resolve(one), opened.resolve(other))
+    lines = [f"{field}:\n  {_short(a)}\n  {_short(b)}" for field, (a, b) in differences.items()]
+    print_result({k: list(v) for k, v in differences.items()}, as_json, "\n".join(lines) or "No difference.")
+
+
+def _short(value: Any) -> str:
+    """A value on one line; digests by their first digits, as the versions' names show them."""
+    import re
+
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
+
+
+@registry_app.command("export", epilog="Example: feyntune registry export champion --out my-adapter")
+def registry_export(
+    name: VersionName, out: Out, registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False
+) -> None:
+    """Write a version as a folder that PEFT loads."""
+    setup_logging(quiet=as_json)
+    version = open_registry(registry).export(name, out)
+    print_result({"folder": str(out), "version": version.name}, as_json, f"{out}: {version.name}")

@@ -1,0 +1,143 @@
+"""`feyntune run`, the whole pipeline on this machine, and `feyntune plan`, what a run would cost."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from feyntune.cli.options import (
+    DEFAULT_WORKDIR,
+    Json,
+    names_of,
+    parse_object,
+    print_table,
+    setup_logging,
+    shown_path,
+)
+from feyntune.cli.steps import gate_text, result_rows
+from feyntune.errors import EXIT_FAILED_BRANCH, Interrupted
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: feyntune run --source kaggle:arxiv-metadata-oai-snapshot.json.zip --variants all")
+def run(
+    source: Annotated[str, typer.Option(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")] = "synthetic:1200",
+    variants: Annotated[
+        str, typer.Option(help="Variants, separated by commas (`all` for all twenty).")
+    ] = "hep-th/lora-qkv,hep-th/lora-all",
+    workdir: Annotated[Path, typer.Option(help="Folder of all runs; finished work in it is reused.")] = (
+        DEFAULT_WORKDIR
+    ),
+    base: Annotated[str | None, typer.Option(help="Base model; a tiny one is made by default.")] = None,
+    until: Annotated[str, typer.Option(help="Only papers first submitted up to this date (YYYY-MM-DD).")] = "",
+    after: Annotated[str, typer.Option(help="Papers first submitted after this date are held out for testing.")] = "",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help='Settings as JSON: {"train": {…}, "evaluate": {…}}.'),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Training processes, one for each GPU.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run the compiled pipeline on this machine, from abstracts to a registry."""
+    from feyntune.kubeflow import local
+    from feyntune.variants import load_variants
+
+    setup_logging(quiet=as_json)
+    names = load_variants().names() if variants == "all" else names_of(variants) or []
+    values = parse_object(recipe, "--recipe", '{"train": {"epochs": 2}}') if recipe else None
+    failed = None
+    try:
+        folder = local.run(source, names, workdir, until=until, after=after, base=base, recipe=values, devices=devices)
+    except local.RunFailed as e:
+        failed, folder = e, (workdir / "latest").resolve()
+    except KeyboardInterrupt:
+        raise Interrupted("finished steps are saved") from None
+    if failed is None or failed.reported:
+        print((folder / "summary.json").read_text() if as_json else result_text(folder, workdir))
+    if failed is not None:
+        print(f"error: {failed}", file=sys.stderr)
+        sys.exit(EXIT_FAILED_BRANCH)
+
+
+def result_text(folder: Path, workdir: Path) -> str:
+    """The result of a run for a terminal of 80 columns: perplexities, the gate's decisions, and what to open."""
+    import contextlib
+    import io
+
+    summary = json.loads((folder / "summary.json").read_text())
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        print("Perplexity on the test abstracts (mean over abstracts; lower is better)\n")
+        print_table(result_rows(summary), ["system", "perplexity", "minus base [95 % CI]"], right=(1,))
+        print()
+        for name, v in sorted(summary["variants"].items(), key=lambda item: item[1]["delta"]["mean"]):
+            print(f"{name}: {gate_text(v)}")
+        for failure in summary["failures"]:
+            print(f"{failure['variant']}: failed in {failure['step']}")
+        print(f"champion: {summary['champion'] or 'none, no variant passed the gate'}\n")
+        print(f"report   {shown_path(folder / 'report.html')}")
+        print(f"summary  {shown_path(folder / 'summary.json')}")
+        if summary["champion"]:
+            base = summary["arguments"]["base"].rpartition("@")[0] or summary["arguments"]["base"]
+            registry = shown_path(workdir / "registry")
+            print(f"serve    feyntune serve --registry {registry} --base {shown_path(Path(base))}")
+    return text.getvalue().rstrip()
+
+
+@app.command(
+    epilog="Example: feyntune plan --variants hep-th/lora-qkv,hep-th/lora-all --hardware h100 --devices 1 --price 2.5"
+)
+def plan(
+    variants: Annotated[
+        str, typer.Option(help="Variants, separated by commas (`all` for the paper's twenty).")
+    ] = "all",
+    hardware: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100 or h200.")] = "a100-40gb",
+    devices: Annotated[int, typer.Option(help="Devices of one training.")] = 3,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option(help="Measured useful tokens per second of one device; by default from --utilization."),
+    ] = None,
+    utilization: Annotated[float, typer.Option(help="Assumed fraction of the device's peak.")] = 0.35,
+    price: Annotated[float | None, typer.Option(help="Price of one device for one hour, in your currency.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate tokens, steps, memory, GPU-hours and cost of variants, beside the published recipe's."""
+    from dataclasses import asdict
+
+    from feyntune.errors import UserError
+    from feyntune.training.estimate import paper_variants, plan_variants, totals
+    from feyntune.variants import select_variants
+
+    setup_logging(quiet=as_json)
+    papers = paper_variants()
+    names = list(papers) if variants == "all" else select_variants(names_of(variants) or [])
+    unknown = [name for name in names if name not in papers]
+    if unknown:
+        raise UserError(
+            f"--variants {', '.join(unknown)}: variants.yaml gives no paper_training_papers for this mixture; add it."
+        )
+    rows = plan_variants(
+        {name: papers[name] for name in names},
+        hardware,
+        devices,
+        tokens_per_second=tokens_per_second,
+        utilisation=utilization,
+        price=price,
+    )
+    whole = totals(rows)
+    if as_json:
+        print(json.dumps({"variants": [asdict(r) for r in rows], "totals": whole}))
+        return
+    rate = f"{tokens_per_second:,.0f} tokens/s measured" if tokens_per_second else f"{utilization:.0%} of peak, assumed"
+    print(f"{devices} x {hardware}, {rate}; in brackets the published recipe on the same hardware\n")
+    table = []
+    for name, r in [*((r.variant, asdict(r)) for r in rows), ("all", whole)]:
+        gpu_hours = f"{r['gpu_hours']:,.1f} ({r['published_gpu_hours']:,.1f})"
+        memory = f"{r['memory_bytes'] / 2**30:.1f}"
+        table.append([name, f"{r['tokens'] / 1e6:,.0f} M", f"{r['steps']:,}", memory, gpu_hours, f"{r['hours']:,.1f}"])
+    print_table(table, ["variant", "tokens", "steps", "GiB", "GPU-hours", "hours"], right=(1, 2, 3, 4, 5))
+    if price is not None:
+        print(f"\ncost: {whole['money']:,.2f} (published recipe: {whole['published_money']:,.2f})")

@@ -1,0 +1,287 @@
+"""The pipeline's steps as commands of their own, each usable without Kubeflow."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from feyntune.cli.options import (
+    DEFAULT_REGISTRY,
+    Adapters,
+    Base,
+    Data,
+    Json,
+    Out,
+    RegistryUri,
+    names_of,
+    pairs_of,
+    parse_object,
+    print_result,
+    print_table,
+    require_artifact,
+    setup_logging,
+    validated,
+    warn,
+)
+from feyntune.errors import UserError
+
+app = typer.Typer()
+
+Recipe = Annotated[
+    str,
+    typer.Option(help="Settings to change, as JSON, such as '{\"epochs\": 2}'; docs/reference/settings.md lists them."),
+]
+
+
+@app.command(epilog="Example: feyntune ingest oai:https://oaipmh.arxiv.org/oai --oai-set physics:hep-th --out corpus")
+def ingest(
+    source: Annotated[str, typer.Argument(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")],
+    out: Out,
+    until: Annotated[str | None, typer.Option(help="Keep papers first submitted up to this date.")] = None,
+    categories: Annotated[str | None, typer.Option(help="Archives or categories to keep, separated by commas.")] = None,
+    max_bad: Annotated[float, typer.Option(help="Fraction of unreadable records at which to stop.")] = 0.001,
+    converted_text: Annotated[
+        bool, typer.Option(help="Accept formats that turn TeX into Unicode (never mix them with others).")
+    ] = False,
+    oai_set: Annotated[str | None, typer.Option(help="OAI set, such as physics:hep-th.")] = None,
+    prefix: Annotated[str, typer.Option(help="OAI metadata prefix.")] = "arXivRaw",
+    since: Annotated[str | None, typer.Option(help="OAI: only records changed since this date.")] = None,
+    delay: Annotated[float, typer.Option(help="OAI: seconds between requests (arXiv asks for 3).")] = 3.0,
+    state: Annotated[Path | None, typer.Option(help="OAI: folder that lets a harvest resume.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read papers from a source into a corpus."""
+    from feyntune.ingestion.ingest import ingest
+
+    setup_logging(quiet=as_json)
+    manifest = ingest(
+        source,
+        out,
+        until=until,
+        categories=names_of(categories),
+        max_bad=max_bad,
+        converted_text=converted_text,
+        oai_set=oai_set,
+        prefix=prefix,
+        since=since,
+        delay=delay,
+        state=state,
+    )
+    counts = json.loads((out / "counts.json").read_text())
+    line = f"{out}: {counts['kept']:,} papers, digest {manifest.digest[:16]}"
+    print_result({**counts, "digest": manifest.digest}, as_json, line)
+
+
+@app.command(epilog="Example: feyntune split corpus --out split --after 2024-01-01")
+def split(
+    corpus: Annotated[Path, typer.Argument(help="Folder of a corpus.")],
+    out: Out,
+    after: Annotated[str | None, typer.Option(help="Hold out papers after this date for testing.")] = None,
+    previous: Annotated[Path | None, typer.Option(help="Earlier split; its papers keep their assignment.")] = None,
+    mixtures: Annotated[Path | None, typer.Option(help="Your own mixtures file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Assign papers to train, validation and test; draw the mixtures; audit for leaks."""
+    require_artifact(corpus, "corpus", "ingest")
+    from feyntune.splitting.split import split
+
+    setup_logging(quiet=as_json)
+    manifest = split(corpus, out, after=after, previous=previous, mixtures=mixtures)
+    audit = json.loads((out / "audit.json").read_text())
+    line = f"{out}: digest {manifest.digest[:16]}; audit.json has the leak check"
+    print_result({**audit, "digest": manifest.digest}, as_json, line)
+
+
+@app.command(
+    epilog="Example: feyntune train --data split --mix hep-th --method lora-qkv --base runs/base --out adapter"
+)
+def train(
+    data: Data,
+    mixture: Annotated[str, typer.Option("--mix", help="Mixture, such as hep-th.")],
+    method: Annotated[str, typer.Option(help="lora-qkv or lora-all.")],
+    base: Base,
+    out: Out,
+    recipe: Recipe = "{}",
+    checkpoints: Annotated[str | None, typer.Option(help="Folder or s3:// address for checkpoints.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one adapter. After an interruption the same command resumes from the latest checkpoint."""
+    require_artifact(data, "split", "split")
+    from feyntune.model.base import pin_base
+    from feyntune.training.launch import launch
+
+    setup_logging(quiet=as_json)
+    manifest = launch(
+        data=str(data),
+        mixture=mixture,
+        method=method,
+        base=pin_base(base),
+        out=str(out),
+        config=parse_object(recipe, "--recipe", '{"epochs": 2}'),
+        checkpoints=checkpoints or str(out.with_name(f".{out.name}.state")),
+    )
+    line = f"{out}: {manifest.stats['train_tokens']:,} tokens in {manifest.stats['seconds']:.0f} s"
+    print_result({**manifest.stats, "digest": manifest.digest}, as_json, line)
+
+
+@app.command(
+    epilog="Example: feyntune evaluate --data split --base runs/base --adapter hep-th/lora-qkv=adapter --out measured"
+)
+def evaluate(
+    data: Data,
+    base: Base,
+    out: Annotated[Path, typer.Option(help="Folder to write: scores/ and comparison/.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="Adapter as NAME=DIR; repeatable.")] = None,
+    recipe: Recipe = "{}",
+    as_json: Json = False,
+) -> None:
+    """Score the base and adapters on the test abstracts, and compare them."""
+    require_artifact(data, "split", "split")
+    adapters = pairs_of(adapter or [])
+    for folder in adapters.values():
+        require_artifact(folder, "adapter", "train")
+    from feyntune.evaluation.config import EvaluateConfig
+
+    values = parse_object(recipe, "--recipe", '{"precision": "fp32"}')
+    config = validated(EvaluateConfig, values)
+    from feyntune.evaluation.compare import compare
+    from feyntune.evaluation.evaluate import evaluate
+    from feyntune.model.base import pin_base
+
+    setup_logging(quiet=as_json)
+    evaluate(str(data), pin_base(base), adapters, out / "scores", config)
+    compare([out / "scores"], adapters, str(data), out / "comparison")
+    _print_comparison(out / "comparison", as_json)
+
+
+@app.command(
+    epilog="Example: feyntune compare --evaluation scores --adapter hep-th/lora-qkv=adapter --data split --out compared"
+)
+def compare(
+    evaluation: Annotated[list[Path], typer.Option(help="Folder of an evaluation; repeatable.")],
+    adapter: Adapters,
+    data: Data,
+    out: Out,
+    corpus: Annotated[Path | None, typer.Option(help="Folder of the corpus, for its figures.")] = None,
+    people: Annotated[Path | None, typer.Option(help="Folder of `study score`.")] = None,
+    judges: Annotated[list[Path] | None, typer.Option(help="Folder of `judge`; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare evaluations, with the scores of people and judges where there are any."""
+    require_artifact(data, "split", "split")
+    adapters = pairs_of(adapter)
+    from feyntune.evaluation.compare import compare
+
+    setup_logging(quiet=as_json)
+    compare(evaluation, adapters, str(data), out, corpus=corpus, people=people, judges=judges or [])
+    _print_comparison(out, as_json)
+
+
+def _print_comparison(folder: Path, as_json: bool) -> None:
+    """A short table; the whole one is in the folder."""
+    summary = json.loads((folder / "summary.json").read_text())
+    if as_json:
+        print(json.dumps(summary))
+        return
+    print_table(result_rows(summary), ["system", "perplexity", "minus base [95 % CI]"], right=(1,))
+    print(f"report  {folder / 'report.html'}\ntable   {folder / 'table.md'}")
+
+
+def result_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """System, perplexity and difference to the base with its interval: the base first, then the best variant."""
+    rows = []
+    if summary.get("base"):
+        rows.append(["base", f"{summary['base']['perplexity']['abstract_mean']:.2f}", ""])
+    for name, v in sorted(summary["variants"].items(), key=lambda item: item[1]["delta"]["mean"]):
+        delta = v["delta"]
+        interval = f"{delta['mean']:+.2f} [{delta['low']:+.2f}, {delta['high']:+.2f}]"
+        rows.append([name, f"{v['perplexity']['abstract_mean']:.2f}", interval])
+    return rows
+
+
+@app.command(epilog="Example: feyntune register measured/comparison --adapter hep-th/lora-qkv=adapter")
+def register(
+    comparison: Annotated[Path, typer.Argument(help="Folder of a comparison.")],
+    adapter: Adapters,
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    policy: Annotated[Path | None, typer.Option(help="Gate policy file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Register measured adapters; promote the best one that passes the gate."""
+    require_artifact(comparison, "comparison", "evaluate")
+    adapters = pairs_of(adapter)
+    from feyntune.registry.register import register
+
+    setup_logging(quiet=as_json)
+    done = register(str(comparison), adapters, registry, policy=policy)
+    result = done.model_dump(mode="json")
+    lines = [f"{name}: {gate_text(v)}" for name, v in result["variants"].items()]
+    print_result(result, as_json, "\n".join([*lines, f"champion: {done.champion or 'none'}"]))
+
+
+def gate_text(variant: dict[str, Any]) -> str:
+    """What the gate decided on a variant, with the reasons of a refusal."""
+    reasons = variant.get("gate", variant.get("reasons")) or []
+    promoted = variant["promoted"]
+    if variant.get("champion") is True:
+        return "champion"
+    word = {None: "not registered", True: "passed", False: "refused"}[promoted]
+    return f"{word}: {'; '.join(reasons)}" if reasons else word
+
+
+@app.command(epilog="Example: feyntune serve --base runs/base --registry runs/registry --port 8080")
+def serve(
+    base: Base,
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8081,
+    precision: Annotated[str, typer.Option(help="Precision of the base in memory: bf16, fp32 or nf4.")] = "fp32",
+    max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 40,
+    max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 16,
+    canary_share: Annotated[
+        float, typer.Option(help="Fraction (0 to 1) of the champion's requests for the newest version in staging.")
+    ] = 0.0,
+    drain_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 60.0,
+    linger_seconds: Annotated[float, typer.Option(help="Time to take new requests after SIGTERM.")] = 0.0,
+    keys_file: Annotated[Path | None, typer.Option(help="Bearer keys, one a line; without it, no key is needed.")] = (
+        None
+    ),
+    workbench: Annotated[bool, typer.Option(help="Serve the workbench page at /.")] = True,
+) -> None:
+    """Serve the base and every registered adapter from one endpoint."""
+    import socket
+
+    setup_logging()
+    if precision not in ("bf16", "fp32", "nf4"):
+        raise UserError(f"--precision {precision}: choose bf16, fp32 or nf4.")
+    for option, number in (("--port", port), ("--grpc-port", grpc_port)):  # before the imports, which take seconds
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, number))
+            except OSError as e:
+                raise UserError(f"{option} {number}: cannot listen there ({e.strerror}); choose another.") from e
+    if "://" not in registry and not Path(registry).is_dir():
+        warn(f"there is no registry at {registry}: serving the base model alone.")
+    from feyntune.model.base import pin_base
+
+    pin_base(base)
+    from feyntune.serving.serve import serve
+
+    serve(
+        registry,
+        base,
+        host=host,
+        port=port,
+        grpc_port=grpc_port,
+        precision=precision,  # type: ignore[arg-type]
+        max_adapters=max_adapters,
+        max_rank=max_rank,
+        canary_share=canary_share,
+        drain_seconds=drain_seconds,
+        linger_seconds=linger_seconds,
+        keys_file=keys_file,
+        workbench=workbench,
+    )
