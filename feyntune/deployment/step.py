@@ -12,7 +12,7 @@ def deploy_registry(champion: str, base: str, registry: str, serving: dict[str, 
     Nothing is deployed, and "" returned, without a description or while nothing has passed the gate.
 
     Raises:
-        DeployError: it did not come to answer for every adapter, and was taken back.
+        DeployError: it did not come to answer for every adapter, and was rolled back.
     """
     setup()
     if not serving or not champion:

@@ -83,20 +83,17 @@ def render_with_cli(helm: str, values: dict[str, Any], tmp: Path) -> list[dict[s
 
 
 def pods(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Name of the object to the spec of the pods it makes; an InferenceService's joined with its runtime's."""
-    found = {}
-    runtimes = {o["metadata"]["name"]: o["spec"] for o in objects if o["kind"] == "ServingRuntime"}
+    """Name of the object to the spec of the pods it makes."""
+    specs = {}
     for o in objects:
         name = f"{o['kind']} {o['metadata']['name']}"
         if o["kind"] == "Pod":
-            found[name] = o["spec"]
+            specs[name] = o["spec"]
         elif o["kind"] in ("Deployment", "StatefulSet", "Job"):
-            found[name] = o["spec"]["template"]["spec"]
+            specs[name] = o["spec"]["template"]["spec"]
         elif o["kind"] == "InferenceService":
-            predictor = o["spec"]["predictor"]
-            runtime = runtimes[predictor["model"]["runtime"]]
-            found[name] = {**predictor, "containers": runtime["containers"], "volumes": runtime["volumes"]}
-    return found
+            specs[name] = o["spec"]["predictor"]
+    return specs
 
 
 def tool(name: str) -> str | None:

@@ -131,7 +131,7 @@ def test_the_cluster_takes_every_object_of_an_installation_with_everything(clust
     made = render({"kubeflow": {"mode": "profile"}, **options}, namespace=NAMESPACE)
     known = kubectl("api-versions").split()
     objects = [o for o in made if o["apiVersion"] in known and o["kind"] != "Pod"]
-    kinds = {"ServingRuntime", "InferenceService", "StatefulSet", "NetworkPolicy", "PrometheusRule", "ClusterQueue"}
+    kinds = {"InferenceService", "StatefulSet", "NetworkPolicy", "PrometheusRule", "ClusterQueue"}
     assert kinds <= {o["kind"] for o in objects}
     text = yaml.safe_dump_all(objects)
     kubectl("apply", "-n", NAMESPACE, "--dry-run=server", "-f", "-", stdin=text)

@@ -61,7 +61,7 @@ def _placed(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
         o["metadata"].setdefault("namespace", "feyntune")
     kserve = [spec for name, spec in pods(objects).items() if name.startswith("InferenceService ")]
     made = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"kserve-{i}", "namespace": "feyntune"},
-             "spec": {k: v for k, v in spec.items() if k not in ("model", "minReplicas", "maxReplicas")}}
+             "spec": {k: v for k, v in spec.items() if k not in ("deploymentStrategy", "minReplicas", "maxReplicas")}}
             for i, spec in enumerate(kserve)]  # fmt: skip
     return [*objects, *made]
 

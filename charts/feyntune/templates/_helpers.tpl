@@ -49,7 +49,7 @@ seccompProfile: {type: RuntimeDefault}
 
 {{- define "feyntune.securityContext" -}}
 allowPrivilegeEscalation: false
-readOnlyRootFilesystem: true
+readOnlyRootFilesystem: {{ not .writableRoot }}
 runAsNonRoot: true
 capabilities: {drop: [ALL]}
 {{- end -}}
