@@ -22,7 +22,7 @@ WORKS_WITH = {
     "eval": ["evaluation"],
     "study": ["study", "judging"],
     "serve": ["serving"],
-    "run": ["cli"],
+    "run": ["cli", "demo"],
 }
 CORE = ["artifacts", "registry"]
 # Imports of a module that only some installations have, each behind a check or an error that names it.

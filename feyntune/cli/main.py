@@ -12,6 +12,7 @@ from feyntune.errors import (
     Interrupted,
     UserError,
 )
+from feyntune.extras import missing_extra
 
 EXIT_CODES = {
     0: "done",
@@ -47,6 +48,12 @@ def main() -> None:
     except Interrupted as e:
         print(f"interrupted: {str(e).rstrip('.')}. Run the same command to resume.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except ModuleNotFoundError as e:
+        missing = missing_extra(e, sys.argv[1] if len(sys.argv) > 1 else "")
+        if missing is None:
+            raise
+        print(f"error: {missing}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
