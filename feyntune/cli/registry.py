@@ -41,7 +41,8 @@ def promote(
     opened = open_registry(registry)
     before = opened.snapshot()
     version = opened.promote(name, alias)
-    print_result(version.model_dump(mode="json"), as_json, _changes(before, opened.snapshot()))
+    shown = version.model_dump(mode="json") if version else {}  # the first champion leaves none behind
+    print_result(shown, as_json, _changes(before, opened.snapshot()))
 
 
 @app.command(epilog="Example: feyntune rollback --registry s3://feyntune/registry")
@@ -51,7 +52,8 @@ def rollback(registry: RegistryUri = DEFAULT_REGISTRY, alias: Alias = "champion"
     opened = open_registry(registry)
     before = opened.snapshot()
     version = opened.rollback(alias)
-    print_result(version.model_dump(mode="json"), as_json, _changes(before, opened.snapshot()))
+    shown = version.model_dump(mode="json") if version else {}  # the first champion leaves none behind
+    print_result(shown, as_json, _changes(before, opened.snapshot()))
 
 
 def _changes(before: Any, after: Any) -> str:

@@ -13,6 +13,8 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 SHORT = 16  # hex digits of a digest in names
 
+KINDS = ("add", "promote", "rollback", "archive", "restore", "deploy", "confirm")
+
 Stage = Literal["candidate", "staging", "production", "archived"]
 
 
@@ -78,21 +80,24 @@ class Deployment(BaseModel):
 class Event(BaseModel):
     """One decision, and what its writer had seen when deciding.
 
-    `seq` is one more than the highest its writer had seen; `parents` are the events nobody had built on then.
+    `seq` is one more than the highest its writer had seen; `parents` are the events nobody had built on then. `kind`
+    is one of KINDS, or one of a newer version, which has no effect here. `digest`, of the event without it, is there
+    where the event's name does not hold one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     format: Literal[1]
     seq: int
     parents: list[str]
     time: str
     by: str
-    kind: Literal["add", "promote", "rollback", "archive", "restore", "deploy", "confirm"]
+    kind: str
     add: list[Version] = []
     versions: list[str] = []
     moves: dict[str, Move] = {}
     deployment: Deployment | None = None
+    digest: str = ""
 
 
 class Entry(BaseModel):
@@ -128,6 +133,15 @@ class State:
         return [v for v in self.versions.values() if v.stage != "archived"]
 
     @property
+    def failing(self) -> dict[str, str]:
+        """Aliases whose version failed the gate when it was measured again, with the reasons."""
+        return {
+            alias: "; ".join(self.versions[name].verdict.reasons)
+            for alias, name in self.aliases.items()
+            if not self.versions[name].verdict.passed
+        }
+
+    @property
     def deployments(self) -> list[Deployment]:
         """Deployments, oldest first."""
         return [e.event.deployment for e in self.history if e.event.deployment is not None]
@@ -136,8 +150,9 @@ class State:
         """The served version that `name` means now.
 
         Args:
-            name: an alias (`champion`, `previous:hep-th`), a variant or its slug (its newest version in
-                production, else its newest), or VARIANT@DIGEST with at least four digits of the digest.
+            name: an alias (`champion`, `previous:hep-th`), a variant or its slug (the version that is a champion,
+                else its newest in production, else its newest), or VARIANT@DIGEST with at least four digits of
+                the digest.
 
         Raises:
             UserError: nothing served has that name, or more than one version has.
@@ -153,4 +168,6 @@ class State:
         if not matches:
             known = [*self.aliases, *dict.fromkeys(v.variant for v in self.served)]
             raise UserError(f"{name!r} is not in the registry; it has: {', '.join(known) or 'nothing yet'}.")
-        return ([v for v in matches if v.stage == "production"] or matches)[-1]
+        champions = [n for a, n in self.aliases.items() if a.startswith(CHAMPION)]
+        holders = [v for v in matches if v.name in champions]
+        return (holders or [v for v in matches if v.stage == "production"] or matches)[-1]

@@ -12,7 +12,16 @@ from feyntune.artifacts.artifact import Manifest, open_artifact, read_manifest, 
 from feyntune.errors import UserError
 from feyntune.names import slug
 from feyntune.registry.card import model_card
-from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, compare_to_champion, judge, read_policy
+from feyntune.registry.gate import (
+    Clause,
+    Interval,
+    Measured,
+    Perplexity,
+    Policy,
+    compare_to_champion,
+    judge,
+    read_policy,
+)
 from feyntune.registry.models import CHAMPION, SHORT, ConflictError, State, Version
 from feyntune.registry.registry import Registry
 from feyntune.telemetry import log
@@ -103,6 +112,8 @@ def register(
                 )
         names = [v.name for v in target.add(accepted.values())]
     state = _promote(target, names, rules) if promote else target.snapshot()
+    for alias, why in state.failing.items():
+        log.warning("%s (%s) failed the gate when measured again: %s", alias, state.aliases[alias], why)
     registered = {name: _registered(state, v.name, rules) for name, (v, _, _) in accepted.items()}
     champion = state.aliases.get(CHAMPION)
     return Registration(
@@ -262,7 +273,7 @@ def _promote(registry: Registry, names: list[str], policy: Policy) -> State:
     """Promote what of `names` waits in staging; where another writer was first, decide again on what it left."""
     for attempt in range(10):
         state = registry.snapshot()
-        waiting = [v for n in names if (v := state.versions[n]).stage == "staging" and not v.promoted]
+        waiting = [v for n in names if _may_be_promoted(v := state.versions[n], state, policy)]
         if not waiting:
             return state
         aliases = {}
@@ -280,6 +291,20 @@ def _promote(registry: Registry, names: list[str], policy: Policy) -> State:
     raise AssertionError("unreachable")
 
 
+def _may_be_promoted(version: Version, state: State, policy: Policy) -> bool:
+    """Whether a version waits, and would not take its variant's name from one that measured better."""
+    if version.stage != "staging" or version.promoted:
+        return False
+    return _compare_to_predecessor(version, state, policy).passed
+
+
+def _compare_to_predecessor(version: Version, state: State, policy: Policy) -> Clause:
+    """`version` against the version in production that its variant's name means now."""
+    current = [v for v in state.served if v.variant == version.variant and v.stage == "production"]
+    holder = state.resolve(version.variant) if current else None
+    return compare_to_champion(version.measured, holder.measured if holder else None, policy)
+
+
 def _registered(state: State, name: str, policy: Policy) -> Registered:
     version, champion = state.versions[name], state.aliases.get(CHAMPION)
     if not version.verdict.passed:
@@ -288,6 +313,10 @@ def _registered(state: State, name: str, policy: Policy) -> Registered:
         reasons = ["it is archived: restore it to serve it"]
     elif version.stage == "staging" and version.promoted:
         reasons = ["it was rolled back: only `feyntune promote` brings it back"]
+    elif version.stage == "staging" and not (worse := _compare_to_predecessor(version, state, policy)).passed:
+        what = worse.message.replace("the champion's perplexity", "the perplexity of the version in production")
+        what = what.replace("the champion was", "the version in production was")
+        reasons = [f"{what}: it waits for `feyntune promote`"]
     elif version.stage == "staging":
         reasons = ["it passed the gate and waits for `feyntune promote`"]
     elif name != champion and champion is not None:

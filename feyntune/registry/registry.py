@@ -4,16 +4,19 @@ It lives in any store and has no server of its own; nothing in it is ever change
 
     adapters/SLUG/DIGEST/             an adapter, sealed
     cards/SLUG/DIGEST/COMPARISON/     its model card and figures from one comparison, sealed
-    events/SEQ-SHA256.json            one decision: adapters added, promoted, rolled back, archived …
+    events/SEQ.json                   one decision: adapters added, promoted, rolled back, archived …
+    events/SEQ-SHA256.json            the same, in a store without conditional writes
 
-Stages and aliases are written nowhere: they are what all events add up to (`replay`). An event is one put under
-the sha256 of its own bytes, so a writer that dies leaves the whole event or none, two writers never write the
-same object, and no store needs conditional writes. See README.md for what happens when writers race.
+Stages and aliases are stored nowhere: they are what all events add up to (`replay`). A decision is one conditional
+put of the next SEQ: of several writers one succeeds, the others read again and repeat. A store without conditional
+writes has the protocol of `_decide_by_order` instead; README.md says what that can get wrong.
 """
 
 import getpass
 import hashlib
+import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -28,15 +31,29 @@ from typing import Any
 from pydantic import ValidationError
 
 from feyntune.artifacts.artifact import Manifest, sha256_json
-from feyntune.artifacts.store import Missing, Store, StoreError, open_store, pull, push
+from feyntune.artifacts.names import Missing, StoreError
+from feyntune.artifacts.store import Store, creates_atomically, open_store, pull, push, stored_manifest
 from feyntune.errors import UserError
-from feyntune.registry.models import CHAMPION, PREVIOUS, ConflictError, Deployment, Entry, Event, Move, State, Version
+from feyntune.registry.models import (
+    CHAMPION,
+    KINDS,
+    PREVIOUS,
+    ConflictError,
+    Deployment,
+    Entry,
+    Event,
+    Move,
+    State,
+    Version,
+)
 from feyntune.registry.replay import replay
+from feyntune.telemetry import log
 
 CONFIRMATIONS = 2  # events a writer puts after a decision before it believes what it reads; see README.md
 SETTLE = 0.2  # seconds it waits before that, at least; else four times what its own put took
 
-_EVENT = re.compile(r"\d{10}-[0-9a-f]{64}")
+_EVENT = re.compile(r"\d{10}(-[0-9a-f]{64})?")
+_TRIES = 100  # of a conditional write that meets other writers
 _DECISIONS = ("promote", "rollback", "archive", "restore")
 
 
@@ -45,7 +62,9 @@ class Registry:
 
     def __init__(self, store: Store):
         self.store = store
-        self._events: dict[str, Event] = {}
+        self._events: dict[str, Event] = {}  # read so far
+        self._listing: set[str] = set()  # of the last snapshot
+        self._conditional: bool | None = None  # whether the store has conditional writes; not tried yet
 
     @classmethod
     def open(cls, uri: str) -> "Registry":
@@ -57,12 +76,21 @@ class Registry:
         return sha256_json(self._listed())
 
     def snapshot(self) -> State:
-        """The state now. Events once read are kept, so a later call reads only what is new."""
+        """The state now: what the events in the store add up to. Each event is read once.
+
+        Raises:
+            StoreError: an event that others build on is missing, or one was changed (named).
+        """
         names = self._listed()
-        self._read(names)
-        while missing := {p for n in self._events for p in self._events[n].parents} - self._events.keys():
-            self._read(sorted(missing))  # a listing over several pages can miss an event and show its successor
-        return replay(self._events, sha256_json(names))
+        if lost := sorted(self._listing - set(names)):
+            log.warning("%s: %d events are gone since the last look (%s …)", self.store.uri, len(lost), lost[0])
+        self._listing = set(names)
+        self._read(n for n in names if n not in self._events)
+        current = {n: self._events[n] for n in names}
+        while missing := {p for e in current.values() for p in e.parents} - current.keys():
+            self._read(missing)  # a listing over several pages can miss an event and show its successor
+            current |= {n: self._events[n] for n in missing}
+        return replay(current, sha256_json(names))
 
     def versions(self) -> list[Version]:
         """All versions, archived ones included, oldest first."""
@@ -136,30 +164,29 @@ class Registry:
         moves = {a: Move(old=seen.aliases.get(a), new=v.name) for a, v in aliases.items()}
         return self._decide(seen, "promote", versions=[v.name for v in versions], moves=moves)
 
-    def rollback(self, alias: str = CHAMPION) -> Version:
+    def rollback(self, alias: str = CHAMPION) -> Version | None:
         """Take back the version that `alias` names: it goes to staging and loses every alias it holds.
 
         Each alias goes to the version that held it before, so a second rollback goes one further back. A
-        mixture whose champion had none before is left without one.
+        alias whose champion had none before is left without one: its name then answers 404, the base remains.
 
         Returns:
-            The version that `alias` names now.
+            The version that `alias` names now, or None.
 
         Raises:
-            UserError: nobody holds `alias`, or nobody did before.
+            UserError: no version holds `alias`, or it is not a champion's alias.
             ConflictError: another writer decided in between.
         """
+        if not alias.startswith(CHAMPION):
+            raise UserError(f"{alias!r} cannot be rolled back: give {CHAMPION} or {CHAMPION}:MIXTURE.")
         seen = self.snapshot()
         if alias not in seen.aliases:
             raise UserError(f"Nothing to roll back: no version is {alias!r}.")
         bad = seen.aliases[alias]
         held = [a for a, v in seen.aliases.items() if v == bad and a.startswith(CHAMPION)]
         moves = {a: Move(old=bad, new=seen.aliases.get(a.replace(CHAMPION, PREVIOUS))) for a in held}
-        for a in (CHAMPION, alias):
-            if a in moves and moves[a].new is None:
-                raise UserError(f"{bad} cannot be rolled back: no version was {a!r} before it.")
         after = self._decide(seen, "rollback", versions=[bad], moves=moves)
-        return after.versions[after.aliases[alias]]
+        return after.versions[after.aliases[alias]] if alias in after.aliases else None
 
     def archive(self, name: str) -> Version:
         """Stop serving a version; its files stay. A version that an alias names is refused.
@@ -180,6 +207,8 @@ class Registry:
         matches = [v for v in seen.versions.values() if v.stage == "archived" and v.name.startswith(name)]
         if len(matches) != 1:
             raise UserError(f"{name!r} names {len(matches)} archived versions: give VARIANT@DIGEST of one.")
+        if stored_manifest(self.store, matches[0].adapter) is None:
+            raise UserError(f"The files of {matches[0].name} were removed (registry gc): register it again.")
         return self._decide(seen, "restore", versions=[matches[0].name]).versions[matches[0].name]
 
     def record_deployment(self, deployment: Deployment) -> None:
@@ -227,8 +256,8 @@ class Registry:
         names = (n.removeprefix("events/").removesuffix(".json") for n in self.store.names("events/"))
         return sorted(n for n in names if _EVENT.fullmatch(n))
 
-    def _read(self, names: list[str]) -> None:
-        new = [n for n in names if n not in self._events]
+    def _read(self, names: Iterable[str]) -> None:
+        new = list(names)
         if new:
             with ThreadPoolExecutor(min(16, len(new))) as pool:
                 self._events.update(zip(new, pool.map(self._event, new), strict=True))
@@ -239,19 +268,42 @@ class Registry:
             raw = self.store.get(f"events/{name}.json")
         except Missing as e:
             raise StoreError(f"{where} was deleted, though later events build on it: restore it.") from e
-        if hashlib.sha256(raw).hexdigest() != name.rpartition("-")[2]:
-            raise StoreError(f"{where} was changed after it was written (sha256): restore it.")
         try:
-            return Event.model_validate_json(raw)
-        except ValidationError as e:
-            raise StoreError(f"{where} was written by another version of feyntune: use that or a newer one.") from e
+            return read_event(name, raw)
+        except ValueError as e:
+            raise StoreError(f"{where} {e}") from e
 
     def _decide(self, seen: State, kind: str, **fields: Any) -> State:
         """Write an event decided on `seen`; returns the state it led to.
 
         Raises:
-            ConflictError: the event is rejected, since another writer was first.
+            ConflictError: another writer decided in between, and what was decided here no longer applies.
         """
+        if self._conditional is None:
+            self._conditional = creates_atomically(self.store)
+        return (self._decide_by_condition if self._conditional else self._decide_by_order)(seen, kind, **fields)
+
+    def _decide_by_condition(self, seen: State, kind: str, **fields: Any) -> State:
+        """The next SEQ is written by one writer only; who comes second looks whether its decision still applies."""
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(random.uniform(0, 0.02 * min(attempt, 20)))
+                seen = self.snapshot()
+            event = self._make_event(seen, kind, **fields)
+            content = event.model_dump(mode="json", exclude_defaults=True)
+            raw = json.dumps({**content, "digest": sha256_json(content)}).encode()
+            name = f"{event.seq:010d}"
+            if self.store.create(f"events/{name}.json", raw):
+                self._events[name] = event
+                after = self.snapshot()
+                # Decided on the newest state, so it can only be refused for what was wrong from the start.
+                if rejected := next((e.rejected for e in after.history if e.name == name), None):
+                    raise ConflictError(f"Nothing was changed: {rejected}. Look again and repeat it.")
+                return after
+        raise StoreError(f"{self.store.uri}: {_TRIES} writes met those of others: try again later.")
+
+    def _decide_by_order(self, seen: State, kind: str, **fields: Any) -> State:
+        """Without conditional writes: write, let what others wrote meanwhile arrive, and see who came first."""
         began = time.monotonic()
         name = self._put(seen, kind, **fields)
         if kind in _DECISIONS:
@@ -266,23 +318,41 @@ class Registry:
             raise ConflictError(f"Nothing was changed: {rejected}. Look again and repeat it.")
         return after
 
+    def _make_event(self, seen: State, kind: str, **fields: Any) -> Event:
+        by = f"{_user()}@{socket.gethostname()}:{os.getpid()}"
+        basics = {"format": 1, "seq": seen.seq + 1, "parents": seen.heads, "time": datetime.now(UTC).isoformat()}
+        return Event.model_validate({**basics, "by": by, "kind": kind, **fields})
+
     def _put(self, seen: State, kind: str, **fields: Any) -> str:
-        event = Event.model_validate(
-            {
-                "format": 1,
-                "seq": seen.seq + 1,
-                "parents": seen.heads,
-                "time": datetime.now(UTC).isoformat(),
-                "by": f"{_user()}@{socket.gethostname()}:{os.getpid()}",
-                "kind": kind,
-                **fields,
-            }
-        )
+        event = self._make_event(seen, kind, **fields)
         raw = event.model_dump_json(exclude_defaults=True).encode()
         name = f"{event.seq:010d}-{hashlib.sha256(raw).hexdigest()}"
         self.store.put(f"events/{name}.json", raw)
         self._events[name] = event
         return name
+
+
+def read_event(name: str, raw: bytes) -> Event:
+    """The event in `raw`, checked against the digest in its name or in itself.
+
+    Raises:
+        ValueError: it was changed, or is of a format of a newer version.
+    """
+    changed = "was changed after it was written (sha256): restore it."
+    try:
+        content = json.loads(raw)
+        digest = content.pop("digest", "")
+    except (ValueError, AttributeError):
+        raise ValueError(changed) from None
+    expected = name.partition("-")[2]
+    if (expected or digest) != (hashlib.sha256(raw).hexdigest() if expected else sha256_json(content)):
+        raise ValueError(changed)
+    if content.get("format") == 1 and content.get("kind") not in KINDS:  # its other fields may mean anything
+        content = {k: content.get(k) for k in ("format", "seq", "parents", "time", "by", "kind")}
+    try:
+        return Event.model_validate(content)
+    except ValidationError as e:
+        raise ValueError("was written by another version of feyntune: use that or a newer one.") from e
 
 
 def _user() -> str:

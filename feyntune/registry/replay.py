@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from feyntune.registry.models import CHAMPION, PREVIOUS, Entry, Event, State, Version
+from feyntune.registry.models import CHAMPION, KINDS, PREVIOUS, Entry, Event, State, Version
 
 
 def replay(events: dict[str, Event], revision: str = "") -> State:
@@ -39,14 +39,16 @@ def replay(events: dict[str, Event], revision: str = "") -> State:
 
 
 def ordered(events: dict[str, Event]) -> list[str]:
-    """Names of `events`, each after all it had seen; among unconnected ones the higher `seq` goes first, then
-    the smaller name.
+    """Names of `events`, each after all it had seen; among unconnected ones those of conditional writes go first,
+    then the higher `seq`, then the smaller name.
+
+    Conditional events are a chain, one for each `seq`, so nothing that arrives later comes before one of them.
 
     So an event that arrives late (decided long ago, `seq` behind the others) takes its place after everything
     decided meanwhile and can undo none of it.
     """
     order: dict[str, None] = {}
-    first = lambda names: sorted(names, key=lambda n: (-events[n].seq, n), reverse=True)  # taken from the end
+    first = lambda names: sorted(names, key=lambda n: ("-" in n, -events[n].seq, n), reverse=True)  # taken from the end
     waiting = first(events)
     while waiting:
         name = waiting.pop()
@@ -66,6 +68,8 @@ def diff(a: Version, b: Version) -> dict[str, tuple[Any, Any]]:
 
 def _rejection(event: Event, versions: dict[str, Version], stacks: dict[str, list[str]]) -> str | None:
     """Why `event` has no effect, or None."""
+    if event.kind not in KINDS:
+        return f"{event.kind!r} is a decision of a newer version of feyntune"
     for name in event.versions:
         if name not in versions:
             return f"{name} is not registered"

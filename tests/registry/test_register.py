@@ -66,8 +66,9 @@ def test_only_a_better_one_takes_the_champions_place(tmp_path):
     first = register(*later(tmp_path, {QKV: GOOD}, 1), uri)
     worse = register(*later(tmp_path, {QKV: (-1.5, -2.0, -1.0)}, 2), uri)
     assert worse.champion_version == first.champion_version
-    assert worse.variants[QKV].promoted
-    assert "0.5 above the champion's" in worse.variants[QKV].reasons[0]
+    assert not worse.variants[QKV].promoted  # nor does it take the variant's name
+    assert "0.5 above the perplexity of the version in production" in worse.variants[QKV].reasons[0]
+    assert Registry.open(uri).resolve(QKV).name == first.champion_version
     better = register(*later(tmp_path, {QKV: BETTER}, 3), uri)
     assert better.champion_version == better.variants[QKV].version
     assert better.previous == first.champion_version

@@ -17,7 +17,7 @@ from feyntune.artifacts.store import FolderStore, StoreError, open_store
 from feyntune.errors import UserError
 from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
 from feyntune.registry.models import ConflictError, Deployment, Version
-from feyntune.registry.registry import CONFIRMATIONS, Registry
+from feyntune.registry.registry import Registry
 from feyntune.registry.replay import diff
 from tests.registry.factories import make_adapter
 
@@ -152,8 +152,13 @@ def test_rolling_back_twice_goes_two_back_and_no_further(registry, three):
     assert registry.rollback().name == second.name
     assert "champion:gr-qc" not in registry.aliases()  # it had no champion before
     assert registry.rollback().name == first.name
-    with pytest.raises(UserError, match="no version was 'champion' before it"):
+    assert registry.rollback() is None  # the first champion can be undone too
+    assert registry.aliases() == {}
+    assert registry.resolve(first.name).stage == "staging"
+    with pytest.raises(UserError, match="Nothing to roll back"):
         registry.rollback()
+    with pytest.raises(UserError, match="'previous' cannot be rolled back"):
+        registry.rollback("previous")
     registry.promote(other.name)  # undoing a rollback is promoting again
     assert registry.aliases()["champion"] == other.name
 
@@ -172,8 +177,6 @@ def test_an_archived_version_is_not_served_and_may_be_restored(registry, three):
         registry.resolve("gr-qc/lora-all")
     assert registry.archive(first.name).stage == "archived"
     assert "previous" not in registry.aliases()  # a rollback must not lead to what is not served
-    with pytest.raises(UserError, match="no version was 'champion' before"):
-        registry.rollback()
     assert registry.restore(first.name).stage == "staging"
     assert registry.aliases()["previous"] == first.name
 
@@ -212,7 +215,7 @@ def test_a_reader_fetches_an_event_once(registry, three, store_uri, monkeypatch)
     assert got == []
     registry.archive(three[2].name)
     reader.snapshot()
-    assert len(got) == 1 + CONFIRMATIONS
+    assert len(got) == 1
 
 
 def test_history_says_who_did_what_in_order(registry, three):
@@ -385,6 +388,15 @@ class _Unsteady:
         self.store.put(name, data)
         time.sleep(self.random.expovariate(300))
 
+    def create(self, name, data):
+        time.sleep(self.random.expovariate(300))
+        created = self.store.create(name, data)
+        time.sleep(self.random.expovariate(300))
+        return created
+
+    def delete(self, name):
+        self.store.delete(name)
+
     def names(self, prefix=""):
         time.sleep(self.random.expovariate(300))
         yield from self.store.names(prefix)
@@ -472,7 +484,7 @@ def test_writers_killed_anywhere_leave_a_registry_that_reads_and_goes_on(store_u
 def test_a_writer_that_died_before_its_event_left_nothing_to_be_seen(registry, tmp_path, monkeypatch):
     one = entry(tmp_path)
     with monkeypatch.context() as m:
-        m.setattr(Registry, "_put", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(Registry, "_make_event", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             registry.add([one])
     assert registry.versions() == []
@@ -485,7 +497,7 @@ def test_a_listing_that_missed_an_event_is_completed(registry, three, store_uri,
     registry.promote(three[0].name)
     whole = Registry.open(store_uri).snapshot()
     names = FolderStore.names if isinstance(registry.store, FolderStore) else type(registry.store).names
-    missed = f"events/{whole.history[3].name}.json"
+    missed = f"events/{whole.history[-2].name}.json"
     monkeypatch.setattr(type(registry.store), "names", lambda s, p="": (n for n in names(s, p) if n != missed))
     partial = Registry.open(store_uri).snapshot()
     assert partial.aliases == whole.aliases
