@@ -36,8 +36,13 @@ def settings() -> str:
     from feyntune.training.config import TrainConfig
 
     text = "# Training and evaluation settings\n\n"
-    text += 'Given as JSON: `feyntune run --recipe \'{"train": {"epochs": 2}, "evaluate": {"precision": "fp32"}}\'`, '
-    text += "and in the form's field `recipe`. Steps used alone take their part without its name.\n\n"
+    text += "Given to `feyntune run`, `train`, `evaluate` and `submit` as `--recipe FILE` and `--set "
+    text += (
+        "train.learning_rate=1e-4`, and in the Kubeflow form's field `recipe`. A recipe needs only what differs from "
+    )
+    text += (
+        "the default of its run: `recipes/tiny.yaml` for the tiny base model, `recipes/paper.yaml` for any other.\n\n"
+    )
     text += "## train\n\n" + _table(_fields(TrainConfig, {}))
     for name in ("EvaluateConfig", "CompareConfig"):
         model = getattr(evaluate, name)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from feyntune.cli.options import Json, Out, parse_object, print_result, setup_logging
+from feyntune.cli.options import Changes, Json, Out, RecipeFile, parse_object, print_result, recipe_of, setup_logging
 from feyntune.errors import UserError
 
 app = typer.Typer()
@@ -64,6 +64,8 @@ def submit(
     host: Host,
     pipeline: Annotated[str, typer.Option(help="suite or variant.")] = "suite",
     arguments: Annotated[str, typer.Option(help="The run's parameters, as JSON.")] = "{}",
+    recipe: RecipeFile = None,
+    changes: Changes = None,
     images: Images = None,
     namespace: Namespace = None,
     flavour: Flavour = "gpu",
@@ -78,6 +80,10 @@ def submit(
     if pipeline not in ("suite", "variant"):
         raise UserError(f"--pipeline {pipeline}: choose suite or variant.")
     values = parse_object(arguments, "--arguments", '{"variants": ["hep-th/lora-all"]}')
+    if recipe or changes:
+        if "recipe" in values:
+            raise UserError("--arguments holds a recipe too: give it there or by --recipe and --set.")
+        values["recipe"] = recipe_of(recipe, changes, str(values.get("base", "")), as_json)
     run_id = submit(host, pipeline, values, images, namespace, flavour, token_file, settings)
     print_result({"run": run_id}, as_json, f"started run {run_id}")
 

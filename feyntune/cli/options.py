@@ -18,6 +18,16 @@ Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.
 Data = Annotated[Path, typer.Option(help="Folder of a split.")]
 Base = Annotated[str, typer.Option(help="Base model: a folder, s3://BUCKET/FOLDER, or a hub id such as ORG/NAME.")]
 Adapters = Annotated[list[str], typer.Option("--adapter", help="Adapter as NAME=DIR; repeatable.")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="Recipe to merge over the default: a YAML file, inline JSON, or a name in recipes/ (tiny, paper).",
+    ),
+]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, such as train.learning_rate=1e-4; repeatable.")
+]
 RegistryUri = Annotated[str, typer.Option("--registry", help="Folder or s3:// address of the registry.")]
 VersionName = Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")]
 Alias = Annotated[str, typer.Option(help="champion, or champion:MIXTURE.")]
@@ -97,6 +107,18 @@ def parse_object(text: str, option: str, example: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{option} must be a JSON object such as '{example}'.")
     return value
+
+
+def recipe_of(source: str | None, changes: list[str] | None, base: str | None, quiet: bool = False) -> dict[str, Any]:
+    """The recipe of a run over `base`, with what differs from its default on standard error."""
+    from feyntune.recipe import changed_settings, default_recipe, read_recipe
+
+    default = default_recipe(base)
+    recipe = read_recipe(source, changes or (), default)
+    differing = changed_settings(recipe, default)
+    if differing and not quiet:
+        print(f"recipe: {default}.yaml with {', '.join(differing)}", file=sys.stderr)
+    return recipe
 
 
 def validated(model: Any, values: dict[str, Any]) -> Any:

@@ -9,10 +9,12 @@ import typer
 
 from feyntune.cli.options import (
     DEFAULT_WORKDIR,
+    Changes,
     Json,
+    RecipeFile,
     names_of,
-    parse_object,
     print_table,
+    recipe_of,
     setup_logging,
     shown_path,
 )
@@ -34,10 +36,8 @@ def run(
     base: Annotated[str | None, typer.Option(help="Base model; a tiny one is made by default.")] = None,
     until: Annotated[str, typer.Option(help="Only papers first submitted up to this date (YYYY-MM-DD).")] = "",
     after: Annotated[str, typer.Option(help="Papers first submitted after this date are held out for testing.")] = "",
-    recipe: Annotated[
-        str | None,
-        typer.Option(help='Settings as JSON: {"train": {…}, "evaluate": {…}}.'),
-    ] = None,
+    recipe: RecipeFile = None,
+    changes: Changes = None,
     devices: Annotated[int, typer.Option(help="Training processes, one for each GPU.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def run(
 
     setup_logging(quiet=as_json)
     names = load_variants().names() if variants == "all" else names_of(variants) or []
-    values = parse_object(recipe, "--recipe", '{"train": {"epochs": 2}}') if recipe else None
+    values = recipe_of(recipe, changes, base, as_json)
     failed = None
     try:
         folder = local.run(source, names, workdir, until=until, after=after, base=base, recipe=values, devices=devices)

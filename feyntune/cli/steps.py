@@ -10,28 +10,24 @@ from feyntune.cli.options import (
     DEFAULT_REGISTRY,
     Adapters,
     Base,
+    Changes,
     Data,
     Json,
     Out,
+    RecipeFile,
     RegistryUri,
     names_of,
     pairs_of,
-    parse_object,
     print_result,
     print_table,
+    recipe_of,
     require_artifact,
     setup_logging,
-    validated,
     warn,
 )
 from feyntune.errors import UserError
 
 app = typer.Typer()
-
-Recipe = Annotated[
-    str,
-    typer.Option(help="Settings to change, as JSON, such as '{\"epochs\": 2}'; docs/reference/settings.md lists them."),
-]
 
 
 @app.command(epilog="Example: feyntune ingest oai:https://oaipmh.arxiv.org/oai --oai-set physics:hep-th --out corpus")
@@ -102,14 +98,21 @@ def train(
     method: Annotated[str, typer.Option(help="lora-qkv or lora-all.")],
     base: Base,
     out: Out,
-    recipe: Recipe = "{}",
+    recipe: RecipeFile = None,
+    changes: Changes = None,
     checkpoints: Annotated[str | None, typer.Option(help="Folder or s3:// address for checkpoints.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train one adapter. After an interruption the same command resumes from the latest checkpoint."""
     require_artifact(data, "split", "split")
+    _require_mixture(data, mixture)
+    settings = recipe_of(recipe, changes, base, as_json).get("train", {})
     from feyntune.model.base import pin_base
     from feyntune.training.launch import launch
+    from feyntune.variants import METHODS
+
+    if method not in METHODS:
+        raise UserError(f"--method {method}: choose {' or '.join(METHODS)}.")
 
     setup_logging(quiet=as_json)
     manifest = launch(
@@ -118,11 +121,22 @@ def train(
         method=method,
         base=pin_base(base),
         out=str(out),
-        config=parse_object(recipe, "--recipe", '{"epochs": 2}'),
+        config=settings,
         checkpoints=checkpoints or str(out.with_name(f".{out.name}.state")),
     )
     line = f"{out}: {manifest.stats['train_tokens']:,} tokens in {manifest.stats['seconds']:.0f} s"
     print_result({**manifest.stats, "digest": manifest.digest}, as_json, line)
+
+
+def _require_mixture(data: Path, mixture: str) -> None:
+    """Check that the split has the mixture, and name the nearest one where it has not."""
+    import difflib
+
+    mixtures = list(json.loads((data / "audit.json").read_text())["mixtures"])
+    if mixture not in mixtures:
+        near = difflib.get_close_matches(mixture, mixtures, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(mixtures)}."
+        raise UserError(f"--mix {mixture}: the split {data} has no such mixture; {hint}")
 
 
 @app.command(
@@ -133,7 +147,8 @@ def evaluate(
     base: Base,
     out: Annotated[Path, typer.Option(help="Folder to write: scores/ and comparison/.")],
     adapter: Annotated[list[str] | None, typer.Option(help="Adapter as NAME=DIR; repeatable.")] = None,
-    recipe: Recipe = "{}",
+    recipe: RecipeFile = None,
+    changes: Changes = None,
     as_json: Json = False,
 ) -> None:
     """Score the base and adapters on the test abstracts, and compare them."""
@@ -143,8 +158,7 @@ def evaluate(
         require_artifact(folder, "adapter", "train")
     from feyntune.evaluation.config import EvaluateConfig
 
-    values = parse_object(recipe, "--recipe", '{"precision": "fp32"}')
-    config = validated(EvaluateConfig, values)
+    config = EvaluateConfig.model_validate(recipe_of(recipe, changes, base, as_json).get("evaluate", {}))
     from feyntune.evaluation.compare import compare
     from feyntune.evaluation.evaluate import evaluate
     from feyntune.model.base import pin_base

@@ -1,0 +1,179 @@
+"""Recipes: the settings of training and evaluation as a person gives them, `{train: …, evaluate: …}`.
+
+A recipe is a YAML file, inline JSON or the name of a file in recipes/, and single values (`train.epochs=2`). It is
+merged over the default of its run, so that it needs only what differs.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from feyntune.errors import UserError
+
+FOLDER = Path(__file__).with_name("recipes")
+TINY_PARAMETERS = 10_000_000
+
+
+def read_recipe(source: str | None = None, changes: Sequence[str] = (), default: str = "paper") -> dict[str, Any]:
+    """The settings that differ from the models' defaults, which are the published recipe's.
+
+    Args:
+        source: a YAML or JSON file, inline JSON, or the name of a file in recipes/ (`tiny`).
+        changes: single values, `train.learning_rate=1e-4`; they win over `source`.
+        default: the recipe that `source` is merged over: "paper" or "tiny".
+
+    Raises:
+        UserError: no such file, not YAML, an unknown setting or an invalid value; names file and setting.
+    """
+    recipe = _file(FOLDER / f"{default}.yaml")
+    if source:
+        name = "--recipe" if source.lstrip().startswith("{") else source
+        given = _parse(source, name) if name == "--recipe" else _file(_path(source))
+        _check(given, name)
+        recipe = merge(recipe, given)
+    for change in changes:
+        recipe = merge(recipe, _change(change))
+    train, evaluate = _check(recipe, "recipe" if not changes else "--set")
+    differing = {
+        "train": _difference(train.model_dump(mode="json"), type(train)().model_dump(mode="json")),
+        "evaluate": _difference(evaluate.model_dump(mode="json"), type(evaluate)().model_dump(mode="json")),
+    }
+    return {part: values for part, values in differing.items() if values}
+
+
+def changed_settings(recipe: dict[str, Any], default: str) -> list[str]:
+    """What differs from a default recipe: `train.epochs 2 (tiny.yaml: 1)`, one entry a setting."""
+    usual = dict(_flat(read_recipe(default=default)))
+    flat = dict(_flat(recipe))
+    published = dict(_flat(_file(FOLDER / "paper.yaml")))
+    lines = []
+    for name in [*flat, *(n for n in usual if n not in flat)]:
+        value, before = flat.get(name, published.get(name)), usual.get(name, published.get(name))
+        if value != before:
+            lines.append(f"{name} {json.dumps(value)} ({default}.yaml: {json.dumps(before)})")
+    return lines
+
+
+def default_recipe(base: str | None) -> str:
+    """The name of the default recipe of a run over `base`: "tiny" for a tiny model that `feyntune` made."""
+    if base is None:
+        return "tiny"
+    try:
+        manifest = json.loads((Path(base.rpartition("@")[0] or base) / "manifest.json").read_text())
+        return "tiny" if manifest["stats"]["parameters"] < TINY_PARAMETERS else "paper"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "paper"
+
+
+def merge(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`default` with the values of `given`, section by section."""
+    merged = dict(default)
+    for key, value in given.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _path(source: str) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    if source in shipped:
+        return FOLDER / f"{source}.yaml"
+    raise UserError(f"--recipe {source}: there is no such file; the recipes by name are {', '.join(shipped)}.")
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--recipe {path} cannot be read ({e}): correct the path.") from e
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"{name} is not YAML ({' '.join(str(e).split())}): see recipes/paper.yaml.") from e
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{name} holds no settings: write sections train and evaluate, as recipes/paper.yaml does.")
+    return value or {}
+
+
+def _change(text: str) -> dict[str, Any]:
+    """`train.learning_rate=1e-4` as `{"train": {"learning_rate": …}}`."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UserError(f"--set {text}: write SECTION.SETTING=VALUE, such as train.learning_rate=1e-4.")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise UserError(f"--set {text}: {value} is not a YAML value ({' '.join(str(e).split())}).") from e
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return dict(parsed)
+
+
+def _check(recipe: dict[str, Any], name: str) -> tuple[BaseModel, BaseModel]:
+    """Both parts validated; errors name the file and the setting."""
+    from feyntune.evaluation.config import EvaluateConfig
+    from feyntune.training.config import TrainConfig, parse_config
+
+    for key, part in recipe.items():
+        if key not in ("train", "evaluate"):
+            home = (
+                "train" if key in TrainConfig.model_fields else "evaluate" if key in EvaluateConfig.model_fields else ""
+            )
+            hint = f"write it under {home}" if home else "its sections are train and evaluate"
+            raise UserError(f"{name}: there is no section {key}: {hint}.")
+        if not isinstance(part, dict):
+            raise UserError(f"{name}: {key} must hold settings, such as {key}.precision.")
+    try:
+        train = parse_config(recipe.get("train", {}))
+    except UserError as e:
+        raise UserError(str(e).replace("Recipe:", f"{name}:", 1)) from e
+    try:
+        return train, EvaluateConfig.model_validate(recipe.get("evaluate", {}))
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = [str(part) for part in first["loc"]]
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where[-1], _names(EvaluateConfig), n=1)
+            reason = f"there is no such setting, did you mean {near[0]}?" if near else "there is no such setting"
+        raise UserError(f"{name}: evaluate.{'.'.join(where)}: {reason.rstrip('.')}.") from e
+
+
+def _names(model: Any) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield name
+        if isinstance(field.default, BaseModel):
+            yield from _names(type(field.default))
+
+
+def _difference(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are not the default; None, which Kubeflow cannot pass, is written as false."""
+    differing: dict[str, Any] = {}
+    for key, value in values.items():
+        default = defaults[key]
+        if isinstance(value, dict) and isinstance(default, dict):
+            if inner := _difference(value, default):
+                differing[key] = inner
+        elif value != default:
+            differing[key] = False if value is None else value
+    return differing
+
+
+def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,135 @@
+"""What a person sees of a command: exit codes, sentences, tables of 80 columns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from feyntune.cli import main as cli
+from feyntune.cli.options import print_table
+from feyntune.cli.run import result_text
+from feyntune.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
+
+
+def _error(*arguments: str) -> str:
+    """The sentence of a command that is refused."""
+    result = CliRunner().invoke(cli.app, list(arguments))
+    assert isinstance(result.exception, UserError), (result.output, result.exception)
+    return str(result.exception)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    """A folder that passes for a split, so far as commands look before they import anything slow."""
+    folder = tmp_path / "split"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"kind": "split"}))
+    (folder / "audit.json").write_text(json.dumps({"mixtures": {"hep-th": {}, "hep-ph+gr-qc": {}}}))
+    return folder
+
+
+def test_a_folder_of_another_kind_is_named(split: Path, tmp_path: Path) -> None:
+    train = ["--mix", "hep-th", "--method", "lora-all", "--base", "b", "--out", "o"]
+    assert "There is no folder nowhere: make one with `feyntune split`" in _error("train", "--data", "nowhere", *train)
+    assert "holds a split, not a corpus" in _error("split", str(split), "--out", "o")
+    assert f"did you mean {split}?" in _error("train", "--data", str(tmp_path), *train)
+
+
+def test_mixture_and_method_are_checked_first(split: Path) -> None:
+    train = ["train", "--data", str(split), "--base", "b", "--out", "o"]
+    assert "did you mean hep-th?" in _error(*train, "--mix", "hep-tt", "--method", "lora-all")
+    assert "choose lora-qkv or lora-all" in _error(*train, "--mix", "hep-th", "--method", "qkv")
+
+
+def test_a_recipe_is_checked_first(split: Path) -> None:
+    evaluate = ["evaluate", "--data", str(split), "--base", "b", "--out", "o"]
+    assert "evaluate.precison" in _error(*evaluate, "--set", "evaluate.precison=fp32")
+    assert "no such file" in _error("run", "--recipe", "nowhere.yaml")
+
+
+def test_an_adapter_that_is_not_there_is_named(split: Path) -> None:
+    assert "there is no folder nowhere" in _error(
+        "evaluate", "--data", str(split), "--base", "b", "--out", "o", "--adapter", "x=nowhere"
+    )
+    assert "write --adapter NAME=DIR" in _error(
+        "evaluate", "--data", str(split), "--base", "b", "--out", "o", "--adapter", "x"
+    )
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code in ((UserError("No."), EXIT_BAD_INPUT), (Interrupted("saved."), EXIT_INTERRUPTED)):
+        monkeypatch.setattr(cli, "app", _raising(error))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code == code
+    assert "interrupted: saved. Run the same command to resume." in capsys.readouterr().err
+
+
+def _raising(error: Exception):  # type: ignore[no-untyped-def]
+    def app() -> None:
+        raise error
+
+    return app
+
+
+def test_bad_input_ends_before_torch_is_imported(split: Path) -> None:
+    code = (
+        "import sys; from feyntune.cli import main as m\n"
+        f"sys.argv = ['feyntune', 'train', '--data', {str(split)!r}, '--mix', 'hep-tt', '--method', 'lora-all',"
+        " '--base', 'b', '--out', 'o']\n"
+        "try: m.main()\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules, 'pyarrow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False", "False"], done.stderr
+
+
+def test_an_empty_registry_is_a_warning(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["registry", "ls", "--registry", str(tmp_path / "nowhere")])
+    assert result.exit_code == 0
+    assert "No version is registered." in result.stdout
+    assert "there is no registry at" in result.stderr
+
+
+def test_plan_names_a_mixture_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from feyntune.training import estimate
+
+    monkeypatch.setattr(estimate, "paper_variants", lambda: {"hep-th/lora-qkv": 10})
+    assert "gives no paper_training_papers" in _error("plan", "--variants", "hep-th/lora-all")
+
+
+def test_a_table_cuts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([["hep-th70+hep-ph15+gr-qc15/lora-all", "9.19"]], ["system", "perplexity"], right=(1,))
+    assert capsys.readouterr().out.splitlines()[1] == "hep-th70+hep-ph15+gr-qc15/lora-all        9.19"
+
+
+def test_the_result_of_a_run_fits_80_columns(tmp_path: Path) -> None:
+    perplexity = {"perplexity": {"abstract_mean": 10.79}}
+    delta = {"mean": -1.59, "low": -1.76, "high": -1.43}
+    name = "hep-th70+hep-ph15+gr-qc15/lora-all"
+    summary = {
+        "base": perplexity,
+        "variants": {
+            name: {**perplexity, "delta": delta, "promoted": True, "gate": [], "champion": True},
+            "hep-ph+gr-qc/lora-all": {
+                **perplexity,
+                "delta": {"mean": 1.06, "low": 0.95, "high": 1.17},
+                "promoted": False,
+                "gate": ["1.17 above the base, at most 0 is allowed"],
+            },
+        },
+        "failures": [{"variant": "hep-th/lora-qkv", "step": "train"}],
+        "champion": f"{name}@4a35c6acf9c263dd",
+        "arguments": {"base": f"{tmp_path}/base@{'0' * 64}"},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = result_text(tmp_path, tmp_path)
+    lines = text.splitlines()
+    assert all(len(line) <= 80 for line in lines if "/tmp" not in line and str(tmp_path) not in line)
+    assert f"{name}: champion" in lines
+    assert "hep-ph+gr-qc/lora-all: refused: 1.17 above the base, at most 0 is allowed" in lines
+    assert "hep-th/lora-qkv: failed in train" in lines
+    assert f"champion: {summary['champion']}" in lines
+    assert "0" * 64 not in text
