@@ -26,7 +26,17 @@ SCHEMA = pa.schema(
 )
 
 # Where a record came from, and whether its text is the author's TeX (True) or a Unicode rendering of it.
-SOURCES = {"kaggle": True, "oai-arXivRaw": True, "synthetic": True, "oai-arXiv": False, "atom": True}
+# "atom" (before 0.2) may be either.
+SOURCES = {
+    "kaggle": True,
+    "oai-arXivRaw": True,
+    "oai-arXiv": False,
+    "atom-feed": True,
+    "atom-api": False,
+    "atom": True,
+    "jsonl": True,
+    "synthetic": True,
+}
 
 
 class Paper(NamedTuple):

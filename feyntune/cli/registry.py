@@ -41,8 +41,7 @@ def promote(
     opened = open_registry(registry)
     before = opened.snapshot()
     version = opened.promote(name, alias)
-    shown = version.model_dump(mode="json") if version else {}  # the first champion leaves none behind
-    print_result(shown, as_json, _changes(before, opened.snapshot()))
+    print_result(version.model_dump(mode="json"), as_json, _changes(before, opened.snapshot()))
 
 
 @app.command(epilog="Example: feyntune rollback --registry s3://feyntune/registry")

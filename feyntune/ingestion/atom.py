@@ -7,22 +7,29 @@ from typing import Any
 
 from lxml import etree
 
+from feyntune.artifacts.names import expand
+from feyntune.artifacts.records import SOURCES
 from feyntune.errors import UserError
 from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper
-from feyntune.ingestion.tally import OTHER_CATEGORY, Tally
+from feyntune.ingestion.tally import OTHER_CATEGORY, REPLACEMENT, Tally
 
-_ID = re.compile(r"https?://arxiv\.org/abs/(.+?)(?:v\d+)?")
+_ID = re.compile(r"(?:https?://arxiv\.org/abs/|oai:arXiv\.org:)(.+?)(?:v\d+)?")
 _ARXIV_CATEGORY = re.compile(r"[a-z]+(-[a-z]+)?(\.[A-Za-z-]+)?")  # <category> can be an ACM or MSC term too
 _RSS_LEAD = re.compile(r"\s*arXiv:\S+\s+Announce Type: \S+\s+Abstract:\s*")
 
 
-def read_atom(path: str | Path, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
-    """The papers of an Atom feed, entry by entry.
+def read_atom(
+    path: str | Path, categories: CategoryFilter, tally: Tally, *, converted_text: bool = False
+) -> Iterator[Row]:
+    """The papers of a saved answer of the Atom API, or of a daily feed (rss.arxiv.org/atom/hep-th), entry by entry.
+
+    The API gives text in which arXiv has turned TeX into Unicode; feeds give the author's. Of a feed, replacements
+    are left out: their date is not that of version 1.
 
     Raises:
         UserError: the file is not there, is no Atom feed, is cut short, or holds the server's error message.
     """
-    path = Path(path)
+    path = expand(str(path))
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of a saved Atom answer.")
     last = 0
@@ -32,6 +39,8 @@ def read_atom(path: str | Path, categories: CategoryFilter, tally: Tally) -> Ite
         )
         _, root = next(iter(events))
         if etree.QName(root).localname != "feed":
+            if etree.QName(root).localname == "rss":
+                raise UserError(f"{path} is an RSS feed: save the Atom feed, https://rss.arxiv.org/atom/ARCHIVE.")
             raise UserError(f"{path} is a page of <{etree.QName(root).localname}>, not an Atom <feed>: fetch it again.")
         for event, entry in events:
             if event != "end" or etree.QName(entry).localname != "entry":
@@ -39,7 +48,19 @@ def read_atom(path: str | Path, categories: CategoryFilter, tally: Tally) -> Ite
             tally.read += 1
             last = entry.sourceline
             try:
-                row = _row(entry)
+                source = "atom-feed" if _is_of_feed(entry) else "atom-api"
+                if not SOURCES[source] and not converted_text:
+                    _refuse_error(entry)
+                    raise UserError(
+                        f"{path} is an answer of arXiv's API, whose server turns TeX into Unicode ($\\alpha$ becomes "
+                        "α), which must not be mixed with TeX or compared with it: save a feed "
+                        "(https://rss.arxiv.org/atom/ARCHIVE), or accept it with --converted-text."
+                    )
+                if (entry.findtext("{*}announce_type") or "").startswith("replace"):
+                    tally.left_out[REPLACEMENT] += 1
+                    root.remove(entry)
+                    continue
+                row = _row(entry, source)
             except BadRecord as e:
                 tally.bad(f"{path.name}:{last}", str(e))
             else:
@@ -52,11 +73,22 @@ def read_atom(path: str | Path, categories: CategoryFilter, tally: Tally) -> Ite
         raise UserError(f"{path} is not whole XML after line {last} ({e}): fetch it again.") from e
 
 
-def _row(entry: Any) -> Row:
+def _is_of_feed(entry: Any) -> bool:
+    return (entry.findtext("{*}id") or "").startswith("oai:") or bool(
+        entry.find("{*}announce_type") is not None or _RSS_LEAD.match(entry.findtext("{*}summary") or "")
+    )
+
+
+def _refuse_error(entry: Any) -> None:
     address = entry.findtext("{*}id") or ""
     if "/api/errors" in address:
         message = " ".join((entry.findtext("{*}summary") or "").split())
         raise UserError(f"The Atom file holds arXiv's error message ({message}): correct the query, fetch it again.")
+
+
+def _row(entry: Any, source: str) -> Row:
+    _refuse_error(entry)
+    address = entry.findtext("{*}id") or ""
     match = _ID.fullmatch(address.strip())
     primary = entry.find("{*}primary_category")
     terms = [c.get("term", "") for c in entry.iterfind("{*}category")]
@@ -65,7 +97,7 @@ def _row(entry: Any) -> Row:
         first = primary.get("term", "")
         categories = [first, *(c for c in categories if c != first)]
     paper = make_paper(
-        source="atom",
+        source=source,
         id=match[1] if match else address,
         categories=" ".join(categories),
         title=entry.findtext("{*}title"),

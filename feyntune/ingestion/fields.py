@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from feyntune.artifacts.records import Paper, normal_form
 from feyntune.errors import UserError
+from feyntune.variants import ARCHIVES
 
 # Archives that were closed, and the category that went on in their place (arXiv's category taxonomy).
 SUCCESSORS = {
@@ -53,13 +54,15 @@ class CategoryFilter:
         UserError: a name that cannot be an archive or a category, or a closed archive.
     """
 
-    _NAME = re.compile(r"[a-z]+(-[a-z]+)?(\.[A-Za-z-]+)?")
+    _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*(\.[A-Za-z0-9-]+)*")
 
     def __init__(self, names: Iterable[str] | None):
         self.names = None if names is None else frozenset(names)
         for name in sorted(self.names or ()):
             if not self._NAME.fullmatch(name):
                 raise UserError(f"Category {name!r} is not an archive (hep-th, cs) or a category (cs.LG): correct it.")
+            if name not in ARCHIVES and name.lower() in ARCHIVES:
+                raise UserError(f"Category {name!r} is spelled {name.lower()!r} by arXiv: correct it.")
             if name in SUCCESSORS:
                 raise UserError(f"Category {name!r} was closed: ask for {SUCCESSORS[name]}, which takes its papers.")
         if self.names is not None and not self.names:
@@ -92,6 +95,8 @@ def make_paper(
     Raises:
         BadRecord: a field is missing or is not what it should be.
     """
+    if isinstance(categories, list) and all(isinstance(c, str) for c in categories):
+        categories = " ".join(categories)  # as copies of the snapshot elsewhere have it
     if not isinstance(categories, str) or not (listed := categories.split()):
         raise BadRecord("no categories")
     if not isinstance(title, str) or not (title := normal_form(title)):
@@ -170,8 +175,35 @@ def parse_day(name: str, text: str | None) -> date | None:
     raise UserError(f"{name} is {text!r}, not a day: write it as 2024-08-22.")
 
 
+_DOCUMENT = r"(?:paper|article|submission|manuscript|preprint|e-?print|work|version|note|letter|report|thesis|document)"
+_WITHDRAWN = r"(?:withdrawn|retracted|removed)"
+# Sentences of notices: what is withdrawn is the paper itself, or who withdrew it is named. "Withdrawn" alone is not
+# enough in an abstract: drugs are withdrawn from markets, and needles from tissue.
+_NOTICE = re.compile(
+    rf"\b(?:this|the|present|our|my) (?:\w+ )?{_DOCUMENT} (?:\w+ )?(?:has|have|had|was|were|is|are) (?:now |hereby )?"
+    rf"(?:been |being )?(?:temporarily |formally |voluntarily )?{_WITHDRAWN}\b(?! from (?!arxiv|the arxiv|publication))"
+    rf"|^\W*(?:{_DOCUMENT} )?(?:temporarily )?(?:is |has been )?(?:withdrawn|retracted)"
+    r"(?:\W*$|\W*[.:;,\])-]|,? (?:due|because|since|as|for|see|in favou?r|pending|until)\b"
+    r"|,? (?:by (?:the )?author|from (?:the )?arxiv)\b)"
+    rf"|\b{_WITHDRAWN} by (?:the |its |all |both )?(?:corresponding |first |submitting )?"
+    r"(?:author|submitter|arxiv)(?!s?['’])"
+    r"|\b(?:author|authors|we|i) (?:has |have |hereby |wish to |would like to )*"
+    rf"(?:withdraw|withdrew|withdrawn|retract|retracted) (?:this|the|our|my) {_DOCUMENT}\b",
+    re.IGNORECASE,
+)
+# In comments the bare word is a notice, unless it speaks of another paper ("replaces the withdrawn arXiv:…").
+_COMMENT = re.compile(
+    rf"(?<!\bthe )(?<!\ba )(?<!\bpreviously )(?<!\bnot )(?<!\bnever )\bwithdrawn\b"
+    rf"(?!,? (?:arxiv:|and replaced|{_DOCUMENT}s? arxiv))",
+    re.IGNORECASE,
+)
+_MAY_BE_NOTICE = re.compile("withdr|retract|removed", re.IGNORECASE)
+
+
 def is_withdrawn(comments: Any, abstract: str) -> bool:
     """arXiv's habit: withdrawn papers stay listed and say so in their comments or in place of the abstract."""
-    return (isinstance(comments, str) and "withdrawn" in comments.lower()) or (
-        "withdrawn" in abstract or "Withdrawn" in abstract
-    )
+    if isinstance(comments, str) and _MAY_BE_NOTICE.search(comments):
+        text = " ".join(comments.split())
+        if _COMMENT.search(text) or _NOTICE.search(text):
+            return True
+    return bool(_MAY_BE_NOTICE.search(abstract) and _NOTICE.search(abstract))

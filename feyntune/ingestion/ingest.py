@@ -40,12 +40,12 @@ def ingest(
     """Read papers from `source` into the sealed folder `out` (kind `corpus`).
 
     Args:
-        source: `kaggle:FILE`, `oai:URL`, `atom:FILE` or `synthetic:N`.
+        source: `kaggle:FILE`, `oai:URL`, `atom:FILE`, `jsonl:FILE` or `synthetic:N`.
         until: keep papers whose version 1 was submitted on this day (YYYY-MM-DD) or before.
         categories: archives (`hep-th`, `cs`) or categories (`cs.LG`) to keep by primary category; None is all.
         max_bad: share of unusable records above which the corpus is refused.
-        converted_text: accept a format whose server turns TeX into Unicode (OAI prefix `arXiv`). Perplexities
-            over such text and over TeX do not compare.
+        converted_text: accept a format whose server turns TeX into Unicode (OAI prefix `arXiv`, the Atom API).
+            Perplexities over such text and over TeX do not compare.
         oai_set: harvest one set only (`physics:hep-th`). It holds cross-lists too: use `categories` as well.
         prefix: OAI metadata format, `arXivRaw` or `arXiv`.
         since: harvest only records changed on this day (YYYY-MM-DD) or later.
@@ -64,11 +64,11 @@ def ingest(
     if not 0 <= max_bad <= 1:
         raise UserError(f"max_bad is {max_bad}, not a share: give a number between 0 and 1, such as 0.001.")
     kind, colon, where = source.partition(":")
-    if not colon or not where or kind not in ("kaggle", "oai", "atom", "synthetic"):
-        raise UserError(f"Source {source!r}: write kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")
+    if not colon or not where or kind not in ("kaggle", "oai", "atom", "jsonl", "synthetic"):
+        raise UserError(f"Source {source!r}: write kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.")
     tally = Tally()
     config = {
-        "source": kind if kind != "oai" else f"oai-{prefix}",
+        "source": {"oai": f"oai-{prefix}", "atom": "atom-api" if converted_text else "atom"}.get(kind, kind),
         "text_form": TEXT_FORM,
         "until": until,
         "categories": sorted(categories) if categories is not None else None,
@@ -80,7 +80,11 @@ def ingest(
     elif kind == "atom":
         from feyntune.ingestion.atom import read_atom
 
-        rows = read_atom(where, category_filter, tally)
+        rows = read_atom(where, category_filter, tally, converted_text=converted_text)
+    elif kind == "jsonl":
+        from feyntune.ingestion.jsonl import read_jsonl
+
+        rows = read_jsonl(where, category_filter, tally)
     elif kind == "synthetic":
         rows = _synthetic(where, category_filter, tally)
     else:
@@ -95,6 +99,8 @@ def ingest(
             since=parse_day("since", since),
             delay=delay,
         )
+        if prefix == "arXiv" and until:
+            log.warning("in the OAI format arXiv most dates are those of the current version: --until goes by them")
         harvest.run()
         rows = harvest.papers(category_filter, tally)
 
@@ -173,7 +179,7 @@ class _Counts:
                 counts["left_out"][reason] = counts["left_out"].get(reason, 0) + self.left_out[reason]
         counts["by_primary"] = dict(sorted(self.by_primary.items()))
         counts["dates"] = [d.isoformat() for d in self.dates]
-        path.write_text(json.dumps(counts, indent=1) + "\n")
+        path.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
 
     def why(self, tally: Tally) -> str:
         reasons = tally.left_out | Counter({OTHER_CATEGORY: self.left_out[OTHER_CATEGORY]}) | tally.refused

@@ -6,20 +6,25 @@ is exact: see `_to_decode`.
 
 import gzip
 import io
+import json
+import lzma
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import orjson
 import pyarrow as pa
 
+from feyntune.artifacts.names import expand
 from feyntune.errors import UserError
 from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper
 from feyntune.ingestion.tally import OTHER_CATEGORY, Tally
 
+_DAMAGE = (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError)
+_METHODS = {9: "Deflate64", 93: "Zstandard", 95: "XZ", 98: "PPMd"}
 _BLOCK = 1 << 18  # bytes read at a time: they stay in the cache
 _SPELLINGS = 100_000  # of `categories` remembered
 _LONGEST_LINE = 1 << 24  # bytes; what is longer is no record, and would be held in memory whole
@@ -35,16 +40,28 @@ def read_kaggle(path: str | Path, categories: CategoryFilter, tally: Tally) -> I
         UserError: the file is not there, is not a snapshot (its first bytes say what it is instead), or is cut
             short.
     """
-    path = Path(path)
+    path = expand(str(path))
+    with open_blocks(path, tally) as blocks:
+        yield from read_lines(blocks, path.name, categories, tally)
+
+
+@contextmanager
+def open_blocks(path: Path, tally: Tally) -> Iterator[Iterator[bytes]]:
+    """The file in blocks of whole lines; damage becomes a UserError."""
     with _open(path) as file:
         try:
-            yield from read_lines(_blocks(file), path.name, categories, tally)
-        except (EOFError, zipfile.BadZipFile, zlib.error, OSError) as e:
+            yield _blocks(file)
+        except _DAMAGE as e:
             raise UserError(f"{path} is damaged or cut short after line {tally.read:,} ({e}): fetch it again.") from e
 
 
 def read_lines(
-    blocks: Iterable[bytes], name: str, categories: CategoryFilter, tally: Tally, source: str = "kaggle"
+    blocks: Iterable[bytes],
+    name: str,
+    categories: CategoryFilter,
+    tally: Tally,
+    source: str = "kaggle",
+    parse: Callable[[bytes], Row] | None = None,
 ) -> Iterator[Row]:
     """The papers in `blocks` of whole lines; `name` is said where a line is bad.
 
@@ -67,7 +84,7 @@ def read_lines(
                 continue
             line = block[start:end]
             try:
-                row = _row(line, source)
+                row = parse(line) if parse else _row(line, source)
             except BadRecord as e:
                 if line.isspace():
                     blank += 1
@@ -89,14 +106,28 @@ def read_lines(
 _NOT_JSON = "not JSON"
 
 
-def _row(line: bytes, source: str) -> Row:
+def load_object(line: bytes) -> dict[str, Any]:
+    """The object in a line. NaN, which pandas and json.dumps write for nothing, is null.
+
+    Raises:
+        BadRecord: it is not JSON, or not an object.
+    """
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        raise BadRecord(_NOT_JSON) from None
+        if b"NaN" not in line and b"Infinity" not in line:
+            raise BadRecord(_NOT_JSON) from None
+        try:
+            record = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
+            raise BadRecord(_NOT_JSON) from None
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
-    get = record.get
+    return record
+
+
+def _row(line: bytes, source: str) -> Row:
+    get = load_object(line).get
     paper = make_paper(
         source=source,
         id=get("id"),
@@ -116,6 +147,8 @@ def _first_version(versions: Any) -> Any:
         for version in versions:
             if isinstance(version, dict) and version.get("version") == "v1":
                 return version.get("created")
+        if versions and all(isinstance(v, str) for v in versions):
+            raise BadRecord("versions is a list of names without dates")
     return None
 
 
@@ -202,7 +235,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         with io.BufferedReader(file, 1 << 16) as buffered:
             try:
                 _check_start(path, buffered.peek(512)[:512])
-            except (EOFError, zipfile.BadZipFile, zlib.error, OSError) as e:
+            except _DAMAGE as e:
                 raise UserError(f"{path} is damaged ({e}): fetch it again.") from e
             yield buffered
 
@@ -212,11 +245,30 @@ def _member(path: Path) -> IO[bytes]:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as e:
         raise UserError(f"{path} is damaged or cut short ({e}): fetch it again.") from e
-    names = [n for n in archive.namelist() if n.endswith((".json", ".jsonl")) and not n.startswith("__MACOSX/")]
-    if len(names) != 1:
-        members = ", ".join(names) or "none"
-        raise UserError(f"{path} must hold one .json or .jsonl file (it holds: {members}): unpack it, name the file.")
-    return archive.open(names[0])
+    members = [
+        m
+        for m in archive.infolist()
+        if m.filename.lower().endswith((".json", ".jsonl"))
+        and not m.filename.startswith("__MACOSX/")
+        and not PurePosixPath(m.filename).name.startswith("._")
+    ]
+    snapshots = [m for m in members if PurePosixPath(m.filename).name == "arxiv-metadata-oai-snapshot.json"]
+    chosen = snapshots if len(snapshots) == 1 else members
+    if len(chosen) != 1:
+        listed = ", ".join(m.filename for m in members[:5]) or "none"
+        raise UserError(f"{path} must hold one .json or .jsonl file (it holds: {listed}): unpack it, name the file.")
+    member = chosen[0]
+    if member.flag_bits & 1:
+        raise UserError(f"{path} is protected by a password: unpack it, and name the file in it.")
+    try:
+        return archive.open(member)
+    except (NotImplementedError, RuntimeError) as e:  # Deflate64, which Windows takes for files over 2 GB, and others
+        method = _METHODS.get(member.compress_type, f"method {member.compress_type}")
+        raise UserError(
+            f"{path} is packed by {method}, which cannot be read here: unpack it, and name the file."
+        ) from e
+    except zipfile.BadZipFile as e:
+        raise UserError(f"{path} is damaged ({e}): fetch it again.") from e
 
 
 def _check_start(path: Path, start: bytes) -> None:

@@ -8,6 +8,7 @@ from feyntune.errors import UserError
 OTHER_CATEGORY = "other primary category"
 AFTER_CUT_OFF = "first submitted after the cut-off"
 REPEATED = "older record of a paper met again"
+REPLACEMENT = "replacement of an older paper, without the date of version 1"
 DELETED = "deleted by the source"
 
 _EXAMPLES = 5  # of each reason

@@ -27,7 +27,7 @@ def entry(id="1901.00001v2", summary="A $\\alpha$ text\nin lines.", comment="9 p
 def read(path, text, names=None):
     path.write_text(text)
     tally = Tally()
-    return [r.paper for r in read_atom(path, CategoryFilter(names), tally)], tally
+    return [r.paper for r in read_atom(path, CategoryFilter(names), tally, converted_text=True)], tally
 
 
 def test_an_entry_becomes_a_paper(tmp_path):
@@ -84,3 +84,33 @@ def test_what_is_no_whole_feed_is_refused(tmp_path, text, says):
 def test_a_wrong_path_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         list(read_atom(tmp_path / "nothing", CategoryFilter(None), Tally()))
+
+
+def test_an_answer_of_the_api_holds_converted_text_and_is_refused_unless_asked_for(tmp_path):
+    [paper], _ = read(tmp_path / "a.xml", FEED.format(entry()))
+    assert paper.source == "atom-api"
+    with pytest.raises(UserError, match=r"turns TeX into Unicode.*--converted-text"):
+        list(read_atom(tmp_path / "a.xml", CategoryFilter(None), Tally()))
+
+
+def test_a_daily_feed_holds_the_authors_tex_and_its_replacements_are_left_out(tmp_path):
+    entries = "".join(
+        f"<entry><id>oai:arXiv.org:2601.0000{i}v{i}</id><title>On branes</title><published>2026-01-02T00:00:00-05:00"
+        f"</published><summary>arXiv:2601.0000{i}v{i} Announce Type: {kind} \nAbstract: An $\\alpha$ text.</summary>"
+        f'<category term="hep-th"/><arxiv:announce_type>{kind}</arxiv:announce_type></entry>'
+        for i, kind in enumerate(("new", "cross", "replace", "replace-cross"), 1)
+    )
+    (tmp_path / "a.xml").write_text(FEED.format(entries))
+    tally = Tally()
+    papers = [r.paper for r in read_atom(tmp_path / "a.xml", CategoryFilter(None), tally)]
+    assert [(p.id, p.source, p.abstract) for p in papers] == [
+        ("2601.00001", "atom-feed", "An $\\alpha$ text."),
+        ("2601.00002", "atom-feed", "An $\\alpha$ text."),
+    ]
+    assert tally.left_out.total() == 2
+
+
+def test_an_rss_feed_is_sent_to_its_atom_form(tmp_path):
+    (tmp_path / "a.xml").write_text("<rss version='2.0'><channel/></rss>")
+    with pytest.raises(UserError, match=r"RSS feed: save the Atom feed, https://rss\.arxiv\.org/atom"):
+        list(read_atom(tmp_path / "a.xml", CategoryFilter(None), Tally()))
