@@ -20,6 +20,7 @@ ARCHIVES = {
 Amount = Literal["all", "fill"] | Annotated[str, Field(pattern=r"^[1-9][0-9]?%$")]
 
 _MIXTURE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_CATEGORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*(\.[A-Za-z0-9-]+)*")  # of arXiv, or of a corpus of another field
 _METHOD = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
@@ -42,8 +43,11 @@ class Mixture(BaseModel):
         if not _MIXTURE.fullmatch(self.name):
             raise ValueError(f"{self.name!r} is not the name of a mixture: use a-z, 0-9, '.', '+' and '-'")
         for part in self.parts:
-            if part.split(".")[0] not in ARCHIVES:
-                raise ValueError(f"{part!r} is no arXiv archive or category: correct its spelling")
+            archive = part.split(".")[0]
+            if not _CATEGORY.fullmatch(part):
+                raise ValueError(f"{part!r} is not a category: use letters, digits, '-' and '.'")
+            if archive not in ARCHIVES and (near := difflib.get_close_matches(archive.lower(), ARCHIVES, 1, 0.8)):
+                raise ValueError(f"{part!r} is no arXiv archive or category: did you mean {near[0]}?")
             if part.split(".")[0] != part and part.split(".")[0] in self.parts:
                 raise ValueError(f"{part} lies in {part.split('.')[0]}, its papers would count twice: keep one")
         if self.percents():

@@ -156,7 +156,7 @@ def write_manifest(
         stats=stats or {},
         packages=_package_versions(),
     )
-    with (folder / MANIFEST).open("w") as f:
+    with (folder / MANIFEST).open("w", encoding="utf-8") as f:
         f.write(manifest.model_dump_json(indent=1))
         f.flush()
         os.fsync(f.fileno())

@@ -247,7 +247,7 @@ class Harvest:
         if not file.exists():
             fresh = {"asked": request, "pages": 0, "next_from": request["since"], "catching_up": False, "pass": None}
             return fresh
-        memory = json.loads(file.read_text())
+        memory = json.loads(file.read_text(encoding="utf-8"))
         if memory["asked"] != request:
             raise UserError(
                 f"{self.folder} holds a harvest of {memory['asked']}, not of {request}: give another --state."

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from feyntune.artifacts.artifact import is_artifact
+from feyntune.artifacts.names import expand
 from feyntune.artifacts.records import normal_form
 from feyntune.errors import UserError
 from feyntune.kubeflow.adapt import COMPILED
@@ -138,18 +139,20 @@ def tiny_base(folder: Path) -> Path:
 @contextlib.contextmanager
 def _only_run(workdir: Path) -> Iterator[None]:
     """Hold the workdir for one run at a time; let go when this process ends, however it ends."""
-    with (workdir / ".lock").open("w") as lock:
+    with (workdir / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UserError(f"Another run is using {workdir}: wait for it, or give --workdir another folder.") from e
+        except OSError as e:  # Lustre without -o flock, NFS without lockd
+            log.warning("%s has no file locks (%s): start one run at a time in it", workdir, e.strerror)
         yield
 
 
 def _absolute(source: str) -> str:
     """Steps run in other folders, so a file is named by its whole path."""
     kind, _, rest = source.partition(":")
-    return f"{kind}:{Path(rest).resolve()}" if kind in ("kaggle", "atom") else source
+    return f"{kind}:{expand(rest).resolve()}" if kind in ("kaggle", "atom", "jsonl") else source
 
 
 def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | None:
@@ -169,7 +172,7 @@ def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | No
             cache_root=str(steps / ".cache"),
         )
         pipeline = components.load_component_from_file(str(COMPILED / "suite.yaml"))
-        with log_file.open("w", buffering=1) as out:
+        with log_file.open("w", buffering=1, encoding="utf-8") as out:
             root, handler = logging.getLogger(), logging.StreamHandler(out)
             before = root.handlers
             root.handlers = [handler]
@@ -206,7 +209,9 @@ class _Relay(io.TextIOBase):
 
 def _why(log_file: Path) -> str | None:
     """The last error a step printed: the message of its exception."""
-    found = re.findall(r"^\s*[\w.]+(?:Error|Failed): (.+)$", log_file.read_text(errors="replace"), re.MULTILINE)
+    found = re.findall(
+        r"^\s*[\w.]+(?:Error|Failed): (.+)$", log_file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
     return found[-1] if found else None
 
 
@@ -221,11 +226,11 @@ def _collect(steps: Path, folder: Path, arguments: dict[str, Any]) -> None:
         for name in ("report.html", "table.md", "table.csv", "completions.csv"):
             if (comparison / name).is_file():  # completions can be left out
                 shutil.copyfile(comparison / name, folder / name)
-        summary = json.loads((comparison / "summary.json").read_text())
+        summary = json.loads((comparison / "summary.json").read_text(encoding="utf-8"))
         for registration in steps.glob("register*/registration/registration.json"):
-            _add_registration(summary, json.loads(registration.read_text()))
+            _add_registration(summary, json.loads(registration.read_text(encoding="utf-8")))
         summary["arguments"] = arguments
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def _add_registration(summary: dict[str, Any], registration: dict[str, Any]) -> None:
@@ -241,7 +246,7 @@ def show(folder: Path, workdir: Path) -> None:
     """Print the table base-against-variants, the report's path and how to serve the champion."""
     from rich.table import Table
 
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     table = Table(title="Perplexity on the test abstracts (mean over abstracts)", title_justify="left")
     table.add_column("system")
     for column in ("perplexity", "minus base", "95 % interval", "train tokens", "seconds"):

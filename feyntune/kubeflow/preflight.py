@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from feyntune.artifacts.cache import code_digest, finished, place
+from feyntune.artifacts.names import expand
 from feyntune.artifacts.store import open_store
 from feyntune.errors import UserError
 from feyntune.model.base import pin_base
@@ -110,8 +111,8 @@ def source_fingerprint(source: str) -> str:
     nightly; the generator by its number of papers.
     """
     kind, _, rest = source.partition(":")
-    if kind in ("kaggle", "atom"):
-        path = Path(rest)
+    if kind in ("kaggle", "atom", "jsonl"):
+        path = expand(rest)
         if not path.is_file():
             raise UserError(f"Source {source}: there is no file {rest}.")
         stat = path.stat()
@@ -121,7 +122,7 @@ def source_fingerprint(source: str) -> str:
     elif kind == "synthetic":
         version = ""
     else:
-        raise UserError(f"Source {source!r}: write kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")
+        raise UserError(f"Source {source!r}: write kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.")
     return hashlib.sha256(f"{source} {version} {code_digest()}".encode()).hexdigest()[:16]
 
 
