@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from feyntune.errors import UserError
 
 COMPILED = Path(__file__).parents[1] / "compiled"  # suite.yaml and variant.yaml, written by pipelines/compile.py
+S3_SECRET, HUB_SECRET = "feyntune-s3", "feyntune-hub"  # as compiled
 
 
 class Settings(BaseModel):
@@ -23,6 +24,12 @@ class Settings(BaseModel):
         queue: the Kueue LocalQueue of the steps that ask for GPUs.
         pullSecrets: names of Secrets with a registry's login, for every step.
         env: variables of every step.
+        name: first part of the pipelines' names in Kubeflow, so that two releases can share one.
+        s3Secret, hubSecret: names of the Secrets that the steps read.
+        caConfigMap: a ConfigMap whose `ca.crt` every step gets at /etc/feyntune-ca.
+        fixedIds: false leaves out the user and group that steps run as; OpenShift chooses them.
+        cpuNodeSelector: of the steps that ask for no GPUs.
+        pipelineRoot: where runs keep their artifacts.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -35,6 +42,13 @@ class Settings(BaseModel):
     queue: str = ""
     pullSecrets: list[str] = []
     env: dict[str, str] = {}
+    name: str = "feyntune"
+    s3Secret: str = S3_SECRET
+    hubSecret: str = HUB_SECRET
+    caConfigMap: str = ""
+    fixedIds: bool = True
+    cpuNodeSelector: dict[str, str] = {}
+    pipelineRoot: str = ""
 
 
 def read_settings(path: str | Path) -> Settings:
@@ -62,6 +76,7 @@ def adapt(text: str, settings: Settings) -> str:
     for name, executor in spec["deploymentSpec"]["executors"].items():
         container, step = executor["container"], steps.setdefault(name, {})
         container["image"] = _image(container["image"], settings)
+        _fit_cluster(step, settings, "accelerator" in container.get("resources", {}))
         if settings.env:
             container["env"] = [
                 *[e for e in container.get("env", []) if e["name"] not in settings.env],
@@ -74,6 +89,8 @@ def adapt(text: str, settings: Settings) -> str:
             if name.startswith("exec-train") and "devices" in settings.defaults:
                 count = str(settings.defaults["devices"])
                 container["resources"]["accelerator"] |= {"count": count, "resourceCount": count}
+    if settings.pipelineRoot:
+        spec["defaultPipelineRoot"] = settings.pipelineRoot
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     for name, value in settings.defaults.items():
         if name not in parameters:
@@ -81,6 +98,23 @@ def adapt(text: str, settings: Settings) -> str:
         _check_default(name, value, parameters[name]["parameterType"])
         parameters[name]["defaultValue"] = float(value) if isinstance(value, int) else value
     return yaml.safe_dump_all([spec, platform], sort_keys=True, width=110)
+
+
+def _fit_cluster(step: dict[str, Any], settings: Settings, gpus: bool) -> None:
+    """What a step takes on from its cluster, beside the GPU pool."""
+    names = {S3_SECRET: settings.s3Secret, HUB_SECRET: settings.hubSecret}
+    for secret in step.get("secretAsEnv", []):
+        name = names[secret["secretName"]]
+        secret |= {"secretName": name, "secretNameParameter": {"runtimeValue": {"constant": name}}}
+    if settings.caConfigMap:
+        mount = {"configMapName": settings.caConfigMap, "mountPath": "/etc/feyntune-ca", "optional": False}
+        name_parameter = {"runtimeValue": {"constant": settings.caConfigMap}}
+        step["configMapAsVolume"] = [{**mount, "configMapNameParameter": name_parameter}]
+    if not settings.fixedIds:
+        for key in ("runAsUser", "runAsGroup"):
+            step.get("securityContext", {}).pop(key, None)
+    if settings.cpuNodeSelector and not gpus:
+        step["nodeSelector"] = {"labels": dict(settings.cpuNodeSelector)}
 
 
 def _image(image: str, settings: Settings) -> str:

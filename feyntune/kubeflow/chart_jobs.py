@@ -4,15 +4,18 @@
     restrict-namespace NAME     label a namespace so that Pod Security admits only restricted pods
     check-store s3://BUCKET     a sealed folder goes to the store and comes back, every byte checked
     check-kubeflow URL          the Kubeflow Pipelines API answers
-    check-endpoint URL          the endpoint completes a prompt
+    check-endpoint URL          the endpoint completes a prompt, in the version of this image
+    check-rollout JSON          the endpoint's Deployment runs the image and arguments asked for, and no old pods
 
 Exit codes: 0 done, 2 with one sentence that says what is wrong.
 """
 
+import json
 import os
 import secrets
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import requests
@@ -97,10 +100,46 @@ def check_endpoint(url: str) -> None:
         headers = {"Authorization": f"Bearer {KEYS.read_text().split()[0]}"}
     models = [m["id"] for m in _answer("GET", f"{base}/models", headers=headers).json()["data"]]
     request = {"model": "base", "prompt": "We study", "max_tokens": 8, "temperature": 0}
-    made = _answer("POST", f"{base}/completions", headers=headers, json=request).json()
+    answer = _answer("POST", f"{base}/completions", headers=headers, json=request)
+    made = answer.json()
+    version = answer.headers.get("x-feyntune-version", "")
+    expected = os.environ.get("FEYNTUNE_EXPECT_VERSION", "")
+    if expected and version and version != expected:
+        raise UserError(f"{url} is answered by feyntune {version}, not {expected}: by old pods, or another image.")
     if made["usage"]["completion_tokens"] < 1:
         raise UserError(f"{url} completed no token: see the endpoint's log.")
     log.info("%s serves %s; it completed %d tokens", url, ", ".join(models), made["usage"]["completion_tokens"])
+
+
+def check_rollout(wanted: str) -> None:
+    """The Deployment runs the pods asked for, all of them; KServe's Ready does not say so.
+
+    Args:
+        wanted: JSON with namespace, deployment, replicas and container (name, image, args).
+
+    Raises:
+        UserError: it does not after three minutes, or cannot be read.
+    """
+    from kubernetes import client, config
+    from kubernetes.client.exceptions import ApiException
+
+    from feyntune.deployment.rollout import unfinished
+
+    spec = json.loads(wanted)
+    config.load_incluster_config()
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            read = client.AppsV1Api().read_namespaced_deployment(spec["deployment"], spec["namespace"])
+        except ApiException as e:
+            raise UserError(f"Deployment {spec['deployment']} cannot be read ({e.status} {e.reason}).") from e
+        why = unfinished(client.ApiClient().sanitize_for_serialization(read), spec["container"], spec["replicas"])
+        if why is None:
+            log.info("%s runs %s, %d replicas", spec["deployment"], spec["container"]["image"], spec["replicas"])
+            return
+        if time.monotonic() > deadline:
+            raise UserError(f"Deployment {spec['deployment']}: {why}: see its pods' events (kubectl describe pods).")
+        time.sleep(5)
 
 
 def _answer(method: str, url: str, **request: object) -> requests.Response:
@@ -121,6 +160,7 @@ VERBS = {
     "check-store": check_store,
     "check-kubeflow": check_kubeflow,
     "check-endpoint": check_endpoint,
+    "check-rollout": check_rollout,
 }
 
 

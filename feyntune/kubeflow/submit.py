@@ -40,10 +40,11 @@ def upload(
         UserError: the host does not answer, or refuses.
     """
     ids = {}
+    prefix = read_settings(settings).name if settings else "feyntune"
     with _client(host, namespace, token_file) as client:
         for name in PIPELINES:
             with _package(name, images, flavour, settings) as package:
-                ids[name] = _upload_once(client, f"feyntune-{name}", version, package, namespace)
+                ids[name] = _upload_once(client, f"{prefix}-{name}", version, package, namespace)
     return ids
 
 

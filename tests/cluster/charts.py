@@ -56,7 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def render(values: dict[str, Any], apis: list[str] | None = None, namespace: str = "feyntune") -> list[dict[str, Any]]:
+def render(
+    values: dict[str, Any], apis: list[str] | None = None, namespace: str = "feyntune", name: str = "feyntune"
+) -> list[dict[str, Any]]:
     """The objects of an installation, by the Helm 4 engine.
 
     Raises:
@@ -65,8 +67,8 @@ def render(values: dict[str, Any], apis: list[str] | None = None, namespace: str
     values = {**values, "assumeAPIs": APIS if apis is None else apis}
     with helm_python.Chart.load(CHART) as chart:
         chart.validate_schema(values)
-        made = chart.render(values, name="feyntune", namespace=namespace, is_install=True)
-    manifests = [text for name, text in made.items() if name.endswith(".yaml")]
+        made = chart.render(values, name=name, namespace=namespace, is_install=True)
+    manifests = [text for path, text in made.items() if path.endswith(".yaml")]
     return [o for text in manifests for o in yaml.safe_load_all(text) if o]
 
 

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import re
 from typing import Any
 
 import helm_python
@@ -10,7 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from feyntune.kubeflow.adapt import COMPILED, read_settings
+from feyntune.deployment.rollout import unfinished
+from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, read_settings
 from tests.cluster.charts import APIS, CASES, CHART, ROOT, SECRETS, pods, render, render_with_cli, tool
 
 VERSIONS = ["1.29", "1.30", "1.31", "1.32", "1.33", "1.34"]
@@ -141,6 +143,7 @@ def test_secrets_of_ones_own_are_used_and_not_made(rendered):
 # Each right, and who needs it for what. A right that is not in this table is one too many.
 RIGHTS = {
     "feyntune-namespace": ({("", "namespaces", "patch")}, "the Job that labels the release's namespace"),
+    "feyntune-test": ({("apps", "deployments", "get")}, "the test that the endpoint's new pods run"),
     "feyntune-upload": (
         {
             ("pipelines.kubeflow.org", r, v)
@@ -167,8 +170,12 @@ def test_rights_are_those_that_somebody_needs(rendered, case):
         binding = named(objects, "RoleBinding", name)
         assert binding["roleRef"]["name"] == name
         assert [s["name"] for s in binding["subjects"]] == [name]
-    if "Role" in kinds(objects) and case == "as it comes":
-        assert named(objects, "Role")["rules"][0]["resourceNames"] == ["feyntune"]
+    if case == "as it comes":
+        assert named(objects, "Role", "feyntune-namespace")["rules"][0]["resourceNames"] == ["feyntune"]
+        assert named(objects, "Role", "feyntune-test")["rules"][0]["resourceNames"] == ["feyntune-predictor"]
+
+
+WITH_TOKEN = ("Job feyntune-namespace", "Pod feyntune-test-rollout")  # these two ask the Kubernetes API
 
 
 @every_case
@@ -177,7 +184,172 @@ def test_pods_have_an_account_of_the_chart_and_no_token_they_do_not_need(rendere
     accounts = {o["metadata"]["name"] for o in objects if o["kind"] == "ServiceAccount"}
     for name, pod in pods(objects).items():
         assert pod["serviceAccountName"] in accounts, name
-        assert pod["automountServiceAccountToken"] is (name == "Job feyntune-namespace"), name
+        assert pod["automountServiceAccountToken"] is (name in WITH_TOKEN), name
+
+
+@every_case
+def test_what_helm_runs_once_is_cleaned_up(rendered, case):
+    """`helm uninstall` removes no hooks, so that those which succeeded go by themselves and failed Jobs after a day."""
+    hooks = [o for o in rendered[case] if "helm.sh/hook" in o["metadata"].get("annotations", {})]
+    assert hooks
+    for o in hooks:
+        policy = o["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
+        assert policy == "before-hook-creation,hook-succeeded"
+        assert o["kind"] == "Pod" or o["spec"]["ttlSecondsAfterFinished"] > 0
+
+
+@pytest.mark.parametrize("values", [{}, {"serving": {"kind": "Deployment", "gpus": 0, "replicas": 2}}])
+def test_the_rollouts_test_asks_for_the_pods_that_were_rendered(values):
+    """A Deployment of these pods passes; with the image before, or an old pod still there, it does not."""
+    objects = render(values)
+    wanted = json.loads(pods(objects)["Pod feyntune-test-rollout"]["containers"][0]["args"][-1])
+    spec = next(s for n, s in pods(objects).items() if n.split()[0] in ("InferenceService", "Deployment"))
+    n = wanted["replicas"]
+    status = {"observedGeneration": 2, "replicas": n, "updatedReplicas": n, "availableReplicas": n}
+
+    def deployment(container, **changed):
+        template = {"spec": {"containers": [container]}}
+        return {
+            "metadata": {"generation": 2},
+            "spec": {"replicas": n, "template": template},
+            "status": status | changed,
+        }
+
+    (container,) = spec["containers"]
+    assert unfinished(deployment(container), wanted["container"], n) is None
+    others = [
+        deployment({**container, "image": "before"}),
+        deployment({**container, "args": container["args"][:-1]}),
+        deployment(container, replicas=n + 1),
+        deployment(container, updatedReplicas=0),
+        deployment(container, observedGeneration=1),
+        None,
+    ]
+    assert all(unfinished(other, wanted["container"], n) for other in others)
+
+
+# --- clusters of others
+
+
+def test_on_openshift_no_pod_and_no_step_names_its_user(rendered):
+    for objects in (render({"podSecurity": {"fixedIds": False}}), render({}, [*APIS, "security.openshift.io/v1"])):
+        for name, pod in pods(objects).items():
+            contexts = [pod["securityContext"], *(c["securityContext"] for c in pod["containers"])]
+            assert not [c for c in contexts if c.keys() & {"runAsUser", "runAsGroup", "fsGroup"}], name
+            assert pod["securityContext"]["runAsNonRoot"] is True
+        text = adapt((COMPILED / "suite.yaml").read_text(), settings_of(objects))
+        assert "runAsUser" not in text
+        assert "runAsNonRoot" in text
+
+
+def settings_of(objects):
+    name = next(o["metadata"]["name"] for o in objects if o["metadata"]["name"].endswith("-pipelines"))
+    return Settings.model_validate(yaml.safe_load(named(objects, "ConfigMap", name)["data"]["settings.yaml"]))
+
+
+def test_two_releases_beside_one_kubeflow_share_nothing():
+    releases = {}
+    for name in ("feyntune-dev", "feyntune-prod", "a-very-long-release-name-of-fifty-three-characters-xx", "1.2"):
+        objects = render(
+            {"kueue": {"enabled": True}, "caBundle": {"pem": PEM}}, namespace=name[:20].strip("-"), name=name
+        )
+        releases[name] = {(o["kind"], o["metadata"].get("namespace", name), o["metadata"]["name"]) for o in objects}
+        settings = settings_of(objects)
+        steps = adapt((COMPILED / "variant.yaml").read_text(), settings)
+        assert f"secretName: {settings.s3Secret}" in steps
+        assert "secretName: feyntune-s3\n" not in steps
+        assert ("Secret", "kubeflow", settings.s3Secret) in releases[name]
+        for kind, _, object_name in releases[name]:
+            assert len(object_name) <= 63
+            if kind == "Service" and object_name != "feyntune-predictor":
+                assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", object_name)
+    assert not set.intersection(*releases.values())
+    assert not releases["feyntune-dev"] & releases["feyntune-prod"]
+
+
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize("values", [{"pem": PEM}, {"configMap": "trust"}])
+def test_a_private_ca_and_proxies_reach_every_pod_and_step(values):
+    env = {"HTTPS_PROXY": "http://proxy:3128"}
+    objects = render({"caBundle": values, "extraEnv": env, "pushgateway": {"enabled": True}})
+    name = values.get("configMap", "feyntune-ca")
+    for pod_name, pod in pods(objects).items():
+        variables = {e["name"]: e.get("value") for c in pod["containers"] for e in c["env"]}
+        assert variables.items() >= env.items(), pod_name
+        if "store-0" in pod_name or pod_name.split()[1] in ("feyntune-store", "feyntune-pushgateway"):
+            continue
+        assert variables["SSL_CERT_FILE"] == variables["AWS_CA_BUNDLE"] == variables["REQUESTS_CA_BUNDLE"]
+        assert {"name": "ca", "configMap": {"name": name}} in pod["volumes"], pod_name
+        mount = next(m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "ca")
+        assert variables["SSL_CERT_FILE"] == f"{mount['mountPath']}/ca.crt"
+    _, platform = yaml.safe_load_all(adapt((COMPILED / "suite.yaml").read_text(), settings_of(objects)))
+    for step in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        assert step["configMapAsVolume"][0]["configMapName"] == name
+    if "pem" in values:
+        maps = [o for o in objects if o["metadata"]["name"] == "feyntune-ca"]
+        assert {o["metadata"]["namespace"] for o in maps} == {"feyntune", "kubeflow"}
+        assert all(o["data"]["ca.crt"].strip() == PEM.strip() for o in maps)
+
+
+def test_cpu_pods_and_steps_stay_on_the_nodes_asked_for():
+    amd64 = {"kubernetes.io/arch": "amd64"}
+    objects = render({"nodeSelector": amd64})
+    for name, pod in pods(objects).items():
+        assert (pod["nodeSelector"] == amd64) == (not name.startswith("InferenceService")), name
+    spec, platform = yaml.safe_load_all(adapt((COMPILED / "suite.yaml").read_text(), settings_of(objects)))
+    steps = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name, executor in spec["deploymentSpec"]["executors"].items():
+        gpus = "accelerator" in executor["container"].get("resources", {})
+        assert (steps[name]["nodeSelector"]["labels"] == amd64) == (not gpus), name
+
+
+def test_as_a_dependency_the_chart_takes_the_umbrellas_registry_and_pull_secrets():
+    shared = {"imageRegistry": "mirror.example:5000", "imagePullSecrets": [{"name": "login"}]}
+    objects = render({"enabled": True, "pushgateway": {"enabled": True}, "global": shared})
+    for name, pod in pods(objects).items():
+        assert pod["imagePullSecrets"] == [{"name": "login"}], name
+        image = pod["containers"][0]["image"]
+        assert image.startswith("mirror.example:5000/"), name
+        assert "docker.io" not in image
+    settings = settings_of(objects)
+    assert (settings.images, settings.pullSecrets) == ("mirror.example:5000/feyntune", ["login"])
+
+
+def test_on_ipv6_endpoint_and_store_listen_on_all_addresses():
+    objects = pods(render({"listen": "::"}))
+    assert "--host=::" in objects["InferenceService feyntune"]["containers"][0]["args"]
+    (store,) = objects["StatefulSet feyntune-store"]["containers"]
+    assert "-s3.ip.bind=:: " in store["args"][0]
+
+
+def test_the_bundled_store_opens_s3_alone_and_the_endpoint_only_reads(rendered):
+    objects = pods(rendered["as it comes"])
+    (store,) = objects["StatefulSet feyntune-store"]["containers"]
+    assert "-ip.bind=127.0.0.1" in store["args"][0]
+    keys = {e["name"]: e for e in objects["InferenceService feyntune"]["containers"][0]["env"]}
+    assert keys["AWS_ACCESS_KEY_ID"]["valueFrom"]["secretKeyRef"]["name"] == "feyntune-s3-read"
+    job = next(spec for name, spec in objects.items() if "bucket" in name)
+    assert "feyntune-s3-read" not in json.dumps(job)
+
+
+def test_steps_reach_no_metadata_server_unless_asked():
+    def egress(values):
+        return json.dumps(named(render(values), "NetworkPolicy", "feyntune-steps")["spec"]["egress"])
+
+    assert "169.254" not in egress({})
+    assert "169.254.169.254/32" in egress({"networkPolicy": {"metadataServer": True}})
+
+
+def test_another_cluster_queue_is_another_local_queue():
+    def local(values):
+        objects = render({"kueue": {"enabled": True, **values}})
+        name = named(objects, "LocalQueue")["metadata"]["name"]
+        assert settings_of(objects).queue == name
+        return name
+
+    assert len({local({}), local({"clusterQueue": "a"}), local({"clusterQueue": "b"})}) == 3, "it is immutable"
 
 
 @every_case
@@ -277,10 +449,9 @@ def test_standalone_runs_in_kubeflows_namespace_and_a_profile_in_its_own(rendere
     assert "--namespace=feyntune" in job["containers"][0]["args"]
     token = next(v for v in job["volumes"] if v["name"] == "token")
     assert token["projected"]["sources"][0]["serviceAccountToken"]["audience"] == "pipelines.kubeflow.org"
-    launcher = named(profile, "ConfigMap", "kfp-launcher")["data"]
-    assert launcher["defaultPipelineRoot"] == "s3://feyntune/kubeflow"
-    s3 = yaml.safe_load(launcher["providers"])["s3"]["default"]
-    assert (s3["endpoint"], s3["disableSSL"]) == ("feyntune-store.feyntune.svc:8333", True)
+    assert not [o for o in profile if o["metadata"]["name"] == "kfp-launcher"], "Kubeflow makes it in every profile"
+    settings = named(profile, "ConfigMap", "feyntune-pipelines")["data"]["settings.yaml"]
+    assert yaml.safe_load(settings)["pipelineRoot"] == "s3://feyntune/kubeflow"
     assert not [a for a in pods(standalone)["Job feyntune-upload"]["containers"][0]["args"] if "namespace" in a]
 
 
@@ -428,7 +599,7 @@ def test_values_that_do_not_go_together_are_refused_with_the_fix(values, says):
 
 def test_every_object_of_the_schema_refuses_unknown_keys():
     def walk(schema, path):
-        if schema.get("type") == "object" and "properties" in schema:
+        if schema.get("type") == "object" and "properties" in schema and path != ["global"]:  # other charts' too
             assert schema["additionalProperties"] is False, path
         for key, inner in schema.get("properties", {}).items():
             walk(inner, [*path, key])

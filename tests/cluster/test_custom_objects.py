@@ -19,7 +19,7 @@ class Strict(BaseModel):
 
 
 class Selector(Strict):
-    matchLabels: dict[str, str]
+    matchLabels: dict[str, str] = {}
 
 
 class NamespaceSelector(Strict):
