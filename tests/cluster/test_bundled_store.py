@@ -24,6 +24,7 @@ from tests.cluster.cluster_helpers import forwarded, helm, kubectl, namespace, s
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 NAMESPACE = "feyntune-store-test"
 VALUES = {
+    "images": {"prefix": "docker.io/feyntune"},  # loaded on the node under that name
     "podSecurity": {"labelNamespace": False},  # a pod below has to be root where volumes are folders of root's
     "objectStore": {
         "persistence": {"size": "1Gi"},
