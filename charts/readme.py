@@ -18,15 +18,16 @@ One release in a namespace of its own (or in a Kubeflow profile's): object store
 Kubeflow, the endpoint, network policies, monitoring. Kubernetes 1.20 or later, Helm 3.6 or later (Helm 4 too).
 
 ```sh
-helm install feyntune charts/feyntune -n feyntune --create-namespace --timeout 30m --set images.prefix=registry.example/team
+helm install feyntune charts/feyntune -n feyntune --create-namespace --timeout 30m \\
+  --set images.prefix=registry.example/team
 helm test feyntune -n feyntune --timeout 10m
 ```
 
-`helm test` proves more than a wait does: that the endpoint's Deployment runs the image and arguments of this release, that
-no old pod is left, and that it answers. With `--wait`, Helm 3 waits for the chart's own workloads and not for KServe's
-InferenceService, so run `helm test` after every upgrade; Helm 4 waits for that too. `feyntune deploy` does not use
-Helm: it applies a rendering of this chart's InferenceService, `feyntune/deployment/predictor.yaml`, with the fields of its
-description filled in. The chart is the one renderer, since Helm can use no other.
+`helm test` proves more than a wait does: that the endpoint's Deployment runs the image and arguments of this release,
+that no old pod is left, and that it answers. With `--wait`, Helm 3 waits for the chart's own workloads and not for
+KServe's InferenceService, so run `helm test` after every upgrade; Helm 4 waits for that too. `feyntune deploy` does not
+use Helm: it applies a rendering of this chart's InferenceService, `feyntune/deployment/predictor.yaml`, with the fields
+of its description filled in. The chart is the one renderer, since Helm can use no other.
 
 What must be there is detected and named: Kubeflow Pipelines (`kubeflow.enabled=false` goes without), KServe
 (`serving.kind=Deployment` goes without), Kueue when asked for. Without the Prometheus operator the monitoring objects
@@ -41,7 +42,7 @@ are left out, and the notes after the installation say so.
 | pods with IPv6 addresses only | `listen=::` |
 | proxies, a private CA | `extraEnv`, `caBundle.pem` or `caBundle.configMap` |
 | GPU nodes with CDI | `serving.writableRoot=true` |
-| ArgoCD, Flux | `objectStore.credentials.existing=true` (drawn keys need an install), `assumeAPIs` where no cluster is asked |
+| ArgoCD, Flux | `objectStore.credentials.existing=true` (keys are drawn by an install only), `assumeAPIs` |
 | two releases beside one Kubeflow | two release names: Secrets and pipelines carry them |
 | no network outside | `images.prefix`, and the images of `manifests/airgap/images.txt` in your registry |
 
@@ -58,9 +59,9 @@ are left out, and the notes after the installation say so.
 
 Upgrade and rollback leave the volume, the bucket and the drawn keys alone. `helm uninstall` leaves the bundled store's
 volume and its Secrets, `RELEASE-s3` (in the runs' namespace too) and `RELEASE-s3-read`
-(`objectStore.persistence.keep=false` gives the volume up); a new release of the same name takes them over again. It also
-leaves the uploaded pipelines in Kubeflow, the Pod Security labels of the namespace, and the Job or test pod of a hook
-that failed: a Job for a day, a test pod until the next `helm test`. Hooks that succeeded are gone by then.
+(`objectStore.persistence.keep=false` gives the volume up); a new release of the same name takes them over again. It
+also leaves the uploaded pipelines in Kubeflow, the Pod Security labels of the namespace, and the Job or test pod of a
+hook that failed: a Job for a day, a test pod until the next `helm test`. Hooks that succeeded are gone by then.
 
 ## Values
 
