@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -145,3 +145,62 @@ def registry_export(
     setup_logging(quiet=as_json)
     version = open_registry(registry).export(name, out)
     print_result({"folder": str(out), "version": version.name}, as_json, f"{out}: {version.name}")
+
+
+@registry_app.command("backup", epilog="Example: feyntune registry backup s3://backups/feyntune-registry")
+def registry_backup(
+    target: Annotated[str, typer.Argument(help="Where the copy goes: a folder or s3://BUCKET/PREFIX.")],
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    as_json: Json = False,
+) -> None:
+    """Copy the registry; run it again to add what is new. Others may write meanwhile."""
+    from feyntune.registry.maintenance import copy_registry
+
+    setup_logging(quiet=as_json)
+    events = copy_registry(registry, target)
+    print_result({"events": events, "target": target}, as_json, f"{events} events were copied to {target}.")
+
+
+@registry_app.command("restore", epilog="Example: feyntune registry restore s3://backups/feyntune-registry")
+def registry_restore(
+    source: Annotated[str, typer.Argument(help="The backup: a folder or s3://BUCKET/PREFIX.")],
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    as_json: Json = False,
+) -> None:
+    """Copy a backup to the registry's address, which must be empty or an older state of it."""
+    from feyntune.registry.maintenance import restore_registry
+
+    setup_logging(quiet=as_json)
+    events = restore_registry(source, registry)
+    print_result({"events": events, "registry": registry}, as_json, f"{events} events were copied to {registry}.")
+
+
+@registry_app.command("fsck", epilog="Example: feyntune registry fsck --files")
+def registry_fsck(
+    files: Annotated[bool, typer.Option("--files", help="Also read every adapter and card.")] = False,
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    as_json: Json = False,
+) -> None:
+    """Check events, adapters, cards and champions; exit 1 where something is wrong."""
+    from feyntune.registry.maintenance import check_registry
+
+    setup_logging(quiet=as_json)
+    problems = check_registry(registry, files)
+    print_result({"problems": problems}, as_json, "\n".join(problems) or "Nothing is wrong.")
+    if problems:
+        raise typer.Exit(1)
+
+
+@registry_app.command("gc", epilog="Example: feyntune registry gc --dry-run")
+def registry_gc(
+    days: Annotated[float, typer.Option(help="Keep what was archived or written in the last days.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the folders, delete nothing.")] = False,
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    as_json: Json = False,
+) -> None:
+    """Delete the files of archived versions and folders that no event names. The history stays."""
+    from feyntune.registry.maintenance import remove_unused
+
+    setup_logging(quiet=as_json)
+    removed = remove_unused(registry, days, dry_run)
+    print_result({"folders": removed, "deleted": not dry_run}, as_json, "\n".join(removed) or "Nothing to delete.")
