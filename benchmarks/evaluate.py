@@ -129,12 +129,12 @@ def ours(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
         given = {f"v{i}/lora-all": folder / f"adapter-{i}" for i in range(adapters)}
         config = EvaluateConfig(precision="fp32", completions=None)
         evaluate(folder / "split", str(folder / "base"), given, f"{out}/scores", config)
-        found = {}
+        result = {}
         for name in ("base", *given):
             table = pq.read_table(f"{out}/scores/scores/{slug(name)}.parquet")
             losses = table["nll_text"].to_numpy() / table["n_tokens"].to_numpy()
-            found[name] = dict(zip(table["id"].to_pylist(), losses.tolist(), strict=True))
-    return found
+            result[name] = dict(zip(table["id"].to_pylist(), losses.tolist(), strict=True))
+    return result
 
 
 def usual(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
@@ -147,14 +147,14 @@ def usual(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
 
     papers = pq.read_table(folder / "split" / "papers.parquet")
     ids, texts = papers["id"].to_pylist(), papers["abstract"].to_pylist()
-    found: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, float]] = {}
     for name, adapter in [("base", None), *((f"v{i}/lora-all", folder / f"adapter-{i}") for i in range(adapters))]:
         tokenizer = AutoTokenizer.from_pretrained(folder / "base")
         model = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="sdpa")
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))
         model.eval()
-        found[name] = {}
+        result[name] = {}
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
         for start in range(0, len(order), 12):
             rows = order[start : start + 12]
@@ -170,8 +170,8 @@ def usual(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
             mask = batch["attention_mask"][:, 1:]
             loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
             means = (loss * mask).sum(1) / mask.sum(1)
-            found[name] |= {ids[i]: float(m) for i, m in zip(rows, means, strict=True)}
-    return found
+            result[name] |= {ids[i]: float(m) for i, m in zip(rows, means, strict=True)}
+    return result
 
 
 def _measure(side: str, folder: Path, adapters: int) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from feyntune.artifacts.artifact import Manifest, open_artifact
 from feyntune.errors import UserError
 from feyntune.names import BASE, slug
 
-COLUMNS = ["id", "primary", "split", "rule", "decoding", "seed", "prompt", "reference", "completion", "fair"]
+COLUMNS = ["id", "primary", "split", "rule", "decoding", "seed", "prompt", "reference", "completion", "truncated"]
 
 
 class Choice(BaseModel):
@@ -22,7 +22,7 @@ class Choice(BaseModel):
     Attributes:
         rule: where the prompt ends: `paper` (half of the sentences as FeynTune splits them) or `careful`.
         decoding, seed: of sampled completions with several seeds the given one, or the lowest.
-        text: `fair` shows every system up to the same fair stop, `completion` all it wrote. The base has not
+        text: `truncated` shows every system truncated by the same rule, `completion` all it wrote. The base has not
             learned to stop after an abstract, so the latter measures stopping as much as physics.
         split: `test`, or `holdout` (papers newer than the base).
     """
@@ -32,12 +32,19 @@ class Choice(BaseModel):
     rule: Literal["paper", "careful"] = "paper"
     decoding: Literal["sampled", "greedy"] = "sampled"
     seed: int | None = None
-    text: Literal["fair", "completion"] = "fair"
+    text: Literal["truncated", "completion"] = "truncated"
     split: Literal["test", "holdout"] = "test"
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _current_name(cls, value: Any) -> Any:
+        if value == "fair":  # before 0.2
+            raise ValueError("fair is now called truncated")
+        return value
 
 
 class Passage(NamedTuple):
-    """The beginning of an abstract, and its true rest."""
+    """The first part of an abstract, and its reference continuation."""
 
     primary: str
     prompt: str
@@ -75,12 +82,12 @@ class Gathered:
 def completions_in(manifest: Manifest) -> dict[str, str]:
     """Names of the files of completions in a sealed folder, by system."""
     known = {slug(name): name for name in (BASE, *manifest.inputs, *manifest.config.get("systems", {}))}
-    found = {}
+    result = {}
     for path in sorted(manifest.files):
         folder, _, name = path.rpartition("/")
         if folder == "completions" and name.endswith(".parquet"):
-            found[known.get(name.removesuffix(".parquet"), name.removesuffix(".parquet"))] = path
-    return found
+            result[known.get(name.removesuffix(".parquet"), name.removesuffix(".parquet"))] = path
+    return result
 
 
 def gather(folders: Sequence[str | Path], choice: Choice) -> Gathered:
@@ -90,16 +97,16 @@ def gather(folders: Sequence[str | Path], choice: Choice) -> Gathered:
         UserError: no base, a system twice, another test set, another prompt for the same paper, or a system
             without the chosen completions.
     """
-    found: Gathered | None = None
+    result: Gathered | None = None
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for folder in map(Path, folders):
         manifest = open_artifact(folder)
         if manifest.kind not in ("evaluation", "answers"):
             raise UserError(f"{folder} holds a {manifest.kind}: give folders of `evaluate` or `ask`.")
-        found = found or Gathered(manifest.inputs["test"])
-        if manifest.inputs["test"] != found.test:
+        result = result or Gathered(manifest.inputs["test"])
+        if manifest.inputs["test"] != result.test:
             raise UserError(
-                f"{folder} was made on test set {manifest.inputs['test'][:16]}, the others on {found.test[:16]}: "
+                f"{folder} was made on test set {manifest.inputs['test'][:16]}, the others on {result.test[:16]}: "
                 "give systems that completed the same papers."
             )
         files = completions_in(manifest)
@@ -109,35 +116,37 @@ def gather(folders: Sequence[str | Path], choice: Choice) -> Gathered:
             if name in rows:
                 raise UserError(f"{name} is there twice, the second time in {folder}: leave one out.")
             rows[name] = _chosen(folder / path, choice, name)
-            found.digests[name] = manifest.files[path].sha256
+            result.digests[name] = manifest.files[path].sha256
             if name in manifest.config.get("systems", {}):
-                found.models[name] = manifest.config["systems"][name]["model"]
-    if found is None or BASE not in rows:
+                result.models[name] = manifest.config["systems"][name]["model"]
+    if result is None or BASE not in rows:
         raise UserError("The base model's completions are not given: add its evaluation, every system is held to it.")
     names = [BASE, *sorted(rows.keys() - {BASE})]
     everywhere = set.intersection(*(set(rows[name]) for name in names))
-    found.left_out = len(set.union(*(set(rows[name]) for name in names))) - len(everywhere)
+    result.left_out = len(set.union(*(set(rows[name]) for name in names))) - len(everywhere)
     for identifier in sorted(everywhere):
         passages = {Passage(r["primary"], r["prompt"], r["reference"]) for r in (rows[n][identifier] for n in names)}
         if len(passages) > 1:
-            raise UserError(f"Not all systems were given the same beginning of {identifier}: complete again.")
-        found.papers[identifier] = passages.pop()
-    if not found.papers:
+            raise UserError(f"Not all systems were given the same prompt of {identifier}: complete again.")
+        result.papers[identifier] = passages.pop()
+    if not result.papers:
         raise UserError("No paper was completed by all systems: give systems that completed the same papers.")
-    found.texts = {name: {i: rows[name][i][choice.text] for i in found.papers} for name in names}
-    found.digests = {name: found.digests[name] for name in names}
-    return found
+    result.texts = {name: {i: rows[name][i][choice.text] for i in result.papers} for name in names}
+    result.digests = {name: result.digests[name] for name in names}
+    return result
 
 
 def _chosen(path: Path, choice: Choice, name: str) -> dict[str, dict[str, Any]]:
     """Rows of one system by id."""
-    wanted = [(key, "=", getattr(choice, key)) for key in ("rule", "decoding", "split")]
-    rows = pq.read_table(path, columns=COLUMNS, filters=wanted).to_pylist()
+    filters = [(key, "=", getattr(choice, key)) for key in ("rule", "decoding", "split")]
+    if "truncated" not in pq.read_schema(path).names:
+        raise UserError(f"{path} was written by an earlier version (before 0.2): complete again.")
+    rows = pq.read_table(path, columns=COLUMNS, filters=filters).to_pylist()
     seeds = {r["seed"] for r in rows} - {None}
     seed = choice.seed if choice.seed is not None else min(seeds, default=None)
-    found = {r["id"]: r for r in rows if r["seed"] in (seed, None)}  # endpoints have no seed of ours
-    if not found:
+    result = {r["id"]: r for r in rows if r["seed"] in (seed, None)}  # endpoints have no seed of ours
+    if not result:
         asked = f"{choice.decoding} completions (rule {choice.rule}, {choice.split}"
         asked += f", seed {choice.seed})" if choice.seed is not None else ")"
         raise UserError(f"{name} has no {asked}: choose others, or complete again.")
-    return found
+    return result

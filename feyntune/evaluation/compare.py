@@ -11,16 +11,12 @@ import pyarrow.parquet as pq
 
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_manifest, write_artifact
 from feyntune.errors import UserError
-from feyntune.evaluation import completion_stats as completed
-from feyntune.evaluation import report_sections as heard
-from feyntune.evaluation import statistics
-from feyntune.evaluation.config import CompareConfig, decisive
+from feyntune.evaluation import completion_stats, human_and_judge_sections, statistics
+from feyntune.evaluation.config import CompareConfig, primary_category
 from feyntune.evaluation.evaluate import category_of
-from feyntune.evaluation.report import budget, render, verdict
+from feyntune.evaluation.report import render
+from feyntune.evaluation.tables import table, to_markdown
 from feyntune.names import BASE, slug
-
-# Perplexity on the hep-th test set, mean over abstracts (FeynTune, arXiv 2508.03716).
-PUBLISHED = {BASE: 11.20, "hep-th+hep-ph+gr-qc/lora-all": 9.83}
 
 HOW = {
     "abstract_mean": "exp of the mean loss over an abstract's text tokens, averaged over abstracts (FeynTune's)",
@@ -41,7 +37,7 @@ def compare(
     corpus: str | Path | None = None,
     failures: Sequence[str | Path] = (),
     config: CompareConfig | None = None,
-    places: Mapping[str, str] | None = None,
+    adapter_uris: Mapping[str, str] | None = None,
     people: str | Path | None = None,
     judges: Sequence[str | Path] = (),
 ) -> Manifest:
@@ -55,7 +51,7 @@ def compare(
         data: the sealed `split` they were scored on.
         corpus: the sealed `corpus` of the split, for its figures in the report.
         failures: sealed `failure` folders of branches that gave no result.
-        places: where each adapter is kept in the store, by name; goes into the summary for `register`.
+        adapter_uris: where each adapter lies in the store, by name; goes into the summary for `register`.
         people, judges: a sealed `study-result` and `judgement`s made on completions in these evaluations.
 
     Raises:
@@ -75,16 +71,18 @@ def compare(
     inputs = {"split": split.digest, "base": base.manifest.inputs["base"], "test": base.manifest.inputs["test"]}
     inputs |= {f"evaluation of {name}": s.manifest.digest for name, s in systems.items()}
     inputs |= {f"adapter of {name}": m.digest for name, m in sealed.items()}
-    said, digests = heard.attach({name: s.manifest for name, s in systems.items()}, people, judges)
+    opinions, digests = human_and_judge_sections.attach(
+        {name: s.manifest for name, s in systems.items()}, people, judges
+    )
     inputs |= digests
     counts: dict[str, Any] = {}
     if corpus is not None:
         inputs["corpus"] = open_artifact(corpus, "corpus").digest
         counts = json.loads((Path(corpus) / "counts.json").read_text())
-    stored = {**config.model_dump(mode="json"), "failures": failed, "places": dict(places or {})}
+    settings = {**config.model_dump(mode="json"), "failures": failed, "adapter_uris": dict(adapter_uris or {})}
     if (out / MANIFEST).is_file():
         done = open_artifact(out, "comparison")
-        if (done.inputs, done.config) == (inputs, stored):
+        if (done.inputs, done.config) == (inputs, settings):
             return done
         raise UserError(f"{out} holds a comparison of something else: choose another folder.")
 
@@ -103,87 +101,45 @@ def compare(
         variant = summary["variants"][name]
         variant |= {"promoted": None, "adapter_sha256": manifest.files["adapter_model.safetensors"].sha256}
         variant |= {key: manifest.stats.get(key) for key in ("train_tokens", "seconds")}
-        if places and name in places:
-            variant["adapter"] = places[name]
-    summary |= said
+        if adapter_uris and name in adapter_uris:
+            variant["adapter"] = adapter_uris[name]
+    summary |= opinions
     curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text()) for name in variants}
-    summary["budget"] = _budget(systems, groups.decisive, summary["variants"], curves, config)
-    tables = completed.read({n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()})
-    if tables is not None:
-        summary["completions"] = completed.figures(tables, {n: s.manifest for n, s in systems.items()}, config)
-        for name, found in summary["completions"]["memorisation"].items():
-            (summary["base"] if name == BASE else summary["variants"][name])["memorisation"] = found["test"]["share"]
+    summary["budget"] = _budget(systems, groups.primary, summary["variants"], curves, config)
+    completions = completion_stats.read(
+        {n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()}
+    )
+    if completions is not None:
+        summary["completions"] = completion_stats.figures(
+            completions, {n: s.manifest for n, s in systems.items()}, config
+        )
+        for name, measured in summary["completions"]["memorization"].items():
+            system = summary["base"] if name == BASE else summary["variants"][name]
+            system["memorization"] = measured["test"]["share"]
     rows = table(summary)
-    summary["verdict"] = _verdict(systems, groups.decisive, rows, config)
-    if tables is not None:
+    summary["verdict"] = _verdict(systems, groups.primary, rows, config)
+    if completions is not None:
         decoding = summary["completions"]["settings"]["decodings"][0]
-        summary["completions"]["examples"] = completed.examples(tables, [r["system"] for r in rows], decoding)
+        summary["completions"]["examples"] = completion_stats.examples(
+            completions, [r["system"] for r in rows], decoding
+        )
 
-    with write_artifact(out, "comparison", inputs, stored) as folder:
+    with write_artifact(out, "comparison", inputs, settings) as folder:
         (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (folder.path / "table.csv").write_text(completed.to_csv(rows))
+        (folder.path / "table.csv").write_text(completion_stats.to_csv(rows))
         if "completions" in summary:
-            long = completed.rows(summary["completions"])
-            (folder.path / "completions.csv").write_text(completed.to_csv(long))
-        (folder.path / "table.md").write_text(_markdown(rows, summary) + heard.appendix(summary))
-        for name, text in heard.tables(summary).items():
+            long = completion_stats.rows(summary["completions"])
+            (folder.path / "completions.csv").write_text(completion_stats.to_csv(long))
+        (folder.path / "table.md").write_text(to_markdown(rows, summary) + human_and_judge_sections.appendix(summary))
+        for name, text in human_and_judge_sections.tables(summary).items():
             (folder.path / name).write_text(text)
         audit = json.loads((Path(data) / "audit.json").read_text())
         manifests = {"split": split, "evaluation": base.manifest, **sealed}
         if corpus is not None:
             manifests["corpus"] = read_manifest(corpus)
-        page = render(summary, rows, curves, counts, audit, manifests, heard.page(summary))
+        page = render(summary, rows, curves, counts, audit, manifests, human_and_judge_sections.page(summary))
         (folder.path / "report.html").write_text(page)
     return open_artifact(out, "comparison")
-
-
-def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a system, the base first, then the variants from the best to the worst."""
-    rows = []
-    ranked = sorted(summary["variants"], key=lambda name: summary["variants"][name]["delta"]["mean"])
-    for name in [BASE, *ranked]:
-        system = summary["base"] if name == BASE else summary["variants"][name]
-        delta = system.get("delta", {})
-        rows.append(
-            {
-                "system": name,
-                "abstracts": summary["test"]["abstracts"],
-                **system["perplexity"],
-                "bits_per_byte": system["bits_per_byte"],
-                "entropy": system["entropy"],
-                "delta": delta.get("mean"),
-                "delta_low": delta.get("low"),
-                "delta_high": delta.get("high"),
-                **{k: system.get(k) for k in ("p_holm", "effect", "share_better", "train_tokens", "seconds")},
-                "published": PUBLISHED.get(name) if summary["test"]["category"] == "hep-th" else None,
-                **_of_completions(summary.get("completions"), name),
-                "memorisation": system.get("memorisation"),
-                "adapter_sha256": system.get("adapter_sha256"),
-            }
-        )
-    return rows
-
-
-def _of_completions(completions: dict[str, Any] | None, system: str) -> dict[str, float | None]:
-    """The columns of the table that come from the first decoding's completions of test papers; None without any."""
-    found: dict[str, float | None] = {}
-    for stop, before in completed.STOPS.items():
-        for measure in ("similarity", "similarity_with_prompt", "distinct_2", "repeated_4", "compression", "stopped"):
-            if (stop, measure) == ("fair", "stopped"):
-                continue
-            figure: dict[str, Any] = {}
-            if completions is not None:
-                decoding = completions["settings"]["decodings"][0]
-                figure = completions["figures"]["test"][decoding][stop][system].get(measure, {})
-            found[before + measure] = figure.get("mean")
-            if measure == "similarity":
-                delta = figure.get("delta", {})
-                found |= {f"{before}{measure}_delta{end}": delta.get(k) for end, k in _ENDS.items()}
-                found[f"{before}{measure}_p_holm"] = figure.get("p_holm")
-    return found
-
-
-_ENDS = {"": "mean", "_low": "low", "_high": "high"}
 
 
 @dataclass
@@ -201,41 +157,41 @@ class _System:
 
 def _systems(evaluations: Sequence[str | Path], split: str) -> dict[str, _System]:
     """The base first, then the variants by name; all on the same abstracts in the same order."""
-    found: dict[str, _System] = {}
+    result: dict[str, _System] = {}
     for folder in map(Path, evaluations):
         manifest = open_artifact(folder, "evaluation")
         names = sorted(manifest.inputs.keys() - {"split", "base", "test"})
         for name in ([BASE] if manifest.config["include_base"] else []) + names:
-            if name in found:
+            if name in result:
                 raise UserError(f"{name} is measured twice, the second time in {folder}: leave one out.")
             scores = pq.read_table(folder / "scores" / f"{slug(name)}.parquet").sort_by("id")
-            found[name] = _System(name, folder, manifest, {c: scores[c].to_numpy() for c in scores.column_names})
-    if BASE not in found:
+            result[name] = _System(name, folder, manifest, {c: scores[c].to_numpy() for c in scores.column_names})
+    if BASE not in result:
         raise UserError("The base model was not measured: add its evaluation, every variant is compared with it.")
-    base = found.pop(BASE)
+    base = result.pop(BASE)
     if base.manifest.inputs["split"] != split:
         raise UserError(
             f"The base was measured on split {base.manifest.inputs['split'][:16]}, not on {split[:16]}: "
             "give the split it was measured on."
         )
-    for name in found:
-        _check_like(base, found[name])
-    return {BASE: base, **{name: found[name] for name in sorted(found)}}
+    for name in result:
+        _check_like(base, result[name])
+    return {BASE: base, **{name: result[name] for name in sorted(result)}}
 
 
 def _check_like(base: _System, other: _System) -> None:
-    mine, theirs = base.manifest, other.manifest
+    expected, actual = base.manifest, other.manifest
     for what, key in (("test set", "test"), ("base model", "base")):
-        if mine.inputs[key] != theirs.inputs[key]:
+        if expected.inputs[key] != actual.inputs[key]:
             raise UserError(
-                f"{other.name} was measured on {what} {theirs.inputs[key][:16]}, the base on {mine.inputs[key][:16]}: "
-                "measure both alike."
+                f"{other.name} was measured on {what} {actual.inputs[key][:16]}, the base on "
+                f"{expected.inputs[key][:16]}: measure both alike."
             )
-    for setting in mine.config.keys() - {"include_base"}:
-        if mine.config[setting] != theirs.config.get(setting):
+    for setting in expected.config.keys() - {"include_base"}:
+        if expected.config[setting] != actual.config.get(setting):
             raise UserError(
-                f"{other.name} was measured with {setting} {theirs.config.get(setting)}, the base with "
-                f"{mine.config[setting]}: measure both alike."
+                f"{other.name} was measured with {setting} {actual.config.get(setting)}, the base with "
+                f"{expected.config[setting]}: measure both alike."
             )
     if base.scores["id"].tolist() != other.scores["id"].tolist():
         raise UserError(f"{other.name} was not measured on the abstracts of the base: evaluate it again.")
@@ -261,53 +217,53 @@ def _failure(folder: str | Path) -> dict[str, str]:
 
 @dataclass
 class _Groups:
-    """Masks over the scored abstracts: those that decide, the hold-out beside them, and each category's test set."""
+    """Masks over the scored abstracts: the primary category's test set, its hold-out, and each category's test set."""
 
     category: str
-    decisive: np.ndarray
+    primary: np.ndarray
     holdout: np.ndarray
     categories: dict[str, np.ndarray]
 
 
 def _groups(base: _System, config: CompareConfig) -> _Groups:
     scored: list[str] = base.manifest.config["categories"]
-    category = decisive(scored, config.category)
+    category = primary_category(scored, config.category)
     if category not in (*scored, None):
         raise UserError(f"No abstract of {category} was scored, only {', '.join(scored)}: choose one of those.")
     of = np.array([category_of(primary, scored) for primary in base.scores["primary"]])
-    test, mine = base.scores["split"] == "test", np.ones(len(of), bool) if category is None else of == category
+    test, chosen = base.scores["split"] == "test", np.ones(len(of), bool) if category is None else of == category
     by_category = {c: test & (of == c) for c in scored}
-    return _Groups(category or "+".join(scored), test & mine, ~test & mine, by_category)
+    return _Groups(category or "+".join(scored), test & chosen, ~test & chosen, by_category)
 
 
 def _measure(systems: dict[str, _System], groups: _Groups, config: CompareConfig) -> dict[str, Any]:
     """All figures of all systems on each group that has at least two abstracts."""
     base = systems[BASE]
-    figures = _figures(systems, groups.decisive, config)
-    found: dict[str, Any] = {"base": figures.pop(BASE), "variants": figures}
-    found["test"] = {
+    figures = _figures(systems, groups.primary, config)
+    result: dict[str, Any] = {"base": figures.pop(BASE), "variants": figures}
+    result["test"] = {
         "digest": base.manifest.inputs["test"],
-        "abstracts": int(groups.decisive.sum()),
-        "tokens": int(base.scores["n_tokens"][groups.decisive].sum()),
+        "abstracts": int(groups.primary.sum()),
+        "tokens": int(base.scores["n_tokens"][groups.primary].sum()),
         "category": groups.category,
         "categories": list(groups.categories),
     }
     if groups.holdout.sum() >= 2:
-        systems_there = _figures(systems, groups.holdout, config)
-        found["holdout"] = {"abstracts": int(groups.holdout.sum()), "systems": systems_there}
+        holdout_figures = _figures(systems, groups.holdout, config)
+        result["holdout"] = {"abstracts": int(groups.holdout.sum()), "systems": holdout_figures}
     if len(groups.categories) > 1:
-        found["transfer"] = {
+        result["transfer"] = {
             category: {"abstracts": int(rows.sum()), "systems": _figures(systems, rows, config)}
             for category, rows in groups.categories.items()
             if rows.sum() >= 2
         }
-    return found
+    return result
 
 
 def _figures(systems: dict[str, _System], rows: np.ndarray, config: CompareConfig) -> dict[str, dict[str, Any]]:
     """By system, over the abstracts `rows` (a mask)."""
     scores = {name: system.only(rows) for name, system in systems.items()}
-    found: dict[str, dict[str, Any]] = {
+    result: dict[str, dict[str, Any]] = {
         name: {
             "perplexity": statistics.perplexity(s),
             "bits_per_byte": statistics.bits_per_byte(s),
@@ -317,22 +273,22 @@ def _figures(systems: dict[str, _System], rows: np.ndarray, config: CompareConfi
     }
     base = scores.pop(BASE)
     for name, difference in statistics.paired_bootstrap(base, scores, config.resamples, config.seed).items():
-        found[name] |= difference
-    return found
+        result[name] |= difference
+    return result
 
 
 def _verdict(
     systems: dict[str, _System], rows: np.ndarray, ranked: list[dict[str, Any]], config: CompareConfig
 ) -> dict[str, Any]:
-    """The best variant surely below the base, and whether it is surely ahead of the next one."""
+    """The best variant significantly better than the base, and its difference from the next one."""
     better = [r["system"] for r in ranked[1:] if r["delta_high"] < 0 and r["p_holm"] < 0.05]
-    found: dict[str, Any] = {"best": better[0] if better else None, "better_than_base": len(better), "lead": None}
+    result: dict[str, Any] = {"best": better[0] if better else None, "better_than_base": len(better), "lead": None}
     if len(better) > 1:
         first, second = better[:2]
         pair = {first: systems[first].only(rows)}
         lead = statistics.paired_bootstrap(systems[second].only(rows), pair, config.resamples, config.seed)
-        found["lead"] = {"over": second, **lead[first]["delta"]}
-    return found
+        result["lead"] = {"over": second, **lead[first]["delta"]}
+    return result
 
 
 def _budget(
@@ -358,13 +314,13 @@ def _budget(
             groups[-1].append(name)
         else:
             groups.append([name])
-    found = []
+    result = []
     for names in (g for g in groups if len(g) > 1):
         best = min(names, key=lambda n: variants[n]["delta"]["mean"])
         others = {n: systems[n].only(rows) for n in names if n != best}
         behind = statistics.paired_bootstrap(systems[best].only(rows), others, config.resamples, config.seed)
         ranked = sorted(behind, key=lambda n: behind[n]["delta"]["mean"])
-        found.append(
+        result.append(
             {
                 "tokens": [min(known[n] for n in names), max(known[n] for n in names)],
                 "best": best,
@@ -374,57 +330,7 @@ def _budget(
     return {
         "matched": len(groups) == 1 and len(known) > 1,
         "spread": max(known.values()) / min(known.values()),
-        "groups": found,
+        "groups": result,
         "smallest": smallest,
         "steps": len(curves[smallest]["loss"]),
     }
-
-
-def _markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    head = ["system", "perplexity (mean over abstracts)", "token-weighted", "bits per byte", "minus base (95 %)"]
-    head += ["Holm p", "train tokens", "published"]
-    lines = [*verdict(summary), "", *_head(head)]
-    for r in rows:
-        cells = [r["system"], _show(r["abstract_mean"], ".3f"), _show(r["token"], ".3f")]
-        cells.append(_show(r["bits_per_byte"], ".4f"))
-        cells.append(f"{r['delta']:+.3f} [{r['delta_low']:+.3f}, {r['delta_high']:+.3f}]" if r["p_holm"] else "")
-        cells += [_show(r["p_holm"], ".2g"), _show(r["train_tokens"], ","), _show(r["published"], ".2f")]
-        lines.append("| " + " | ".join(cells) + " |")
-    for f in summary["failures"]:
-        lines.append(f"| {f['variant']} | failed in {f['step']}: {f['error']} |" + "  |" * 6)
-    test = summary["test"]
-    lines += ["", f"{test['abstracts']:,} test abstracts of {test['category']}, test set {test['digest'][:16]}."]
-    lines += ["", budget(summary)] if budget(summary) else []
-    if "completions" in summary:
-        lines += _markdown_completions([r["system"] for r in rows], summary["completions"])
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_completions(systems: list[str], completions: dict[str, Any]) -> list[str]:
-    lines = []
-    for split, by_decoding in completions["figures"].items():
-        for decoding, by_stop in by_decoding.items():
-            for stop, figures in by_stop.items():
-                measures = list(figures[BASE])
-                lines += [
-                    "",
-                    f"Completions of {completions['papers'][split]} {split} papers, {decoding}, {stop} stop",
-                    "",
-                ]
-                lines += _head(["system", *measures])
-                for name in systems:
-                    cells = [_show(figures[name][m]["mean"], ".3f") for m in measures]
-                    lines.append("| " + " | ".join([name, *cells]) + " |")
-                own = completions["reference"][split]
-                lines.append("| true rest | " + " | ".join(_show(own.get(m), ".3f") for m in measures) + " |")
-    if "missing" in completions["similarity"]:
-        lines += ["", f"No semantic similarity: {completions['similarity']['missing']}"]
-    return lines
-
-
-def _head(columns: list[str]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-
-
-def _show(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

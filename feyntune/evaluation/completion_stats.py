@@ -1,4 +1,4 @@
-"""What a comparison makes of completions: paired figures of every measure, memorisation, and texts side by side."""
+"""What a comparison makes of completions: paired figures of every measure, memorization, and texts side by side."""
 
 import csv
 import difflib
@@ -26,18 +26,18 @@ from feyntune.names import BASE, slug
 PUBLISHED = {"base": 0.88, "fine-tuned": 0.90}
 
 DEFINITIONS = {
-    "similarity": "cosine of the sentence embeddings of completion and true rest",
+    "similarity": "cosine of the sentence embeddings of completion and reference continuation",
     "similarity_with_prompt": "the same with the prompt before both (FeynTune's): what both share lifts it",
     **REPETITION,
     "overlap": "words of the longest run that stands word for word in an abstract the system was trained on (for the "
     "base: in any training abstract)",
-    "memorised": "share of completions whose overlap reaches the threshold",
+    "memorized": "share of completions whose overlap reaches the threshold",
     "stopped": "share of completions the model ended itself (EOS)",
     "tokens": "tokens of the completion",
 }
-STOPS = {"plain": "", "fair": "fair_"}
+TRUNCATIONS = {"full": "", "truncated": "truncated_"}  # name -> prefix of its measures
 EXAMPLES = 3  # papers shown side by side
-SHOWN = 4  # systems shown beside the true rest: the base, then the best
+SHOWN = 4  # systems shown beside the reference continuation: the base, then the best
 
 Tables = dict[str, pa.Table]
 
@@ -68,91 +68,93 @@ def read(folders: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> Tabl
 def figures(tables: Tables, manifests: Mapping[str, Manifest], config: CompareConfig) -> dict[str, Any]:
     """The `completions` of a summary.
 
-    `figures[split][decoding][stop][system][measure]` is {mean} and, for variants, {delta, p, p_holm, effect} against
-    the base, paired by paper; stop is "plain" (all that was written) or "fair". `reference[split][measure]` is the
-    mean over the true rests. `memorisation[system]` counts over all decodings.
+    `figures[split][decoding][truncation][system][measure]` is {mean} and, for variants, {delta, p, p_holm, effect}
+    against the base, paired by paper; truncation is one of TRUNCATIONS. `reference[split][measure]` is the
+    mean over the reference continuations. `memorization[system]` counts over all decodings.
     """
     settings = manifests[BASE].config["completions"]
     stats = {name: m.stats.get("completions", {}) for name, m in manifests.items()}
     similarity = _similarity_model(stats)
     base = tables[BASE]
-    found: dict[str, Any] = {"settings": settings, "similarity": similarity, "definitions": DEFINITIONS}
-    found["training_papers"] = {name: f.get("training_papers", {}).get(name) for name, f in stats.items()}
-    found["papers"], found["figures"], found["reference"] = {}, {}, {}
+    result: dict[str, Any] = {"settings": settings, "similarity": similarity, "definitions": DEFINITIONS}
+    result["training_papers"] = {name: f.get("training_papers", {}).get(name) for name, f in stats.items()}
+    result["papers"], result["figures"], result["reference"] = {}, {}, {}
     splits, decodings = np.array(base["split"].to_pylist()), np.array(base["decoding"].to_pylist())
     for split in ("test", "holdout"):
         one = (splits == split) & (decodings == settings["decodings"][0])
         if not one.any():
             continue
-        found["papers"][split] = int(one.sum())
-        found["reference"][split] = _of_references(base.filter(pa.array(one)))
-        found["figures"][split] = {
+        result["papers"][split] = int(one.sum())
+        result["reference"][split] = _of_references(base.filter(pa.array(one)))
+        result["figures"][split] = {
             decoding: {
-                stop: _measured(tables, (splits == split) & (decodings == decoding), stop, settings, similarity, config)
-                for stop in STOPS
+                truncation: _measured(
+                    tables, (splits == split) & (decodings == decoding), truncation, settings, similarity, config
+                )
+                for truncation in TRUNCATIONS
             }
             for decoding in settings["decodings"]
         }
-    found["memorisation"] = {
-        name: {split: _memorisation(t.filter(pa.array(splits == split)), settings) for split in found["papers"]}
+    result["memorization"] = {
+        name: {split: _memorization(t.filter(pa.array(splits == split)), settings) for split in result["papers"]}
         for name, t in tables.items()
     }
-    return found
+    return result
 
 
 def examples(tables: Tables, ranked: Sequence[str], decoding: str) -> list[dict[str, Any]]:
-    """A few test papers: prompt, true rest, and the fair completions of the base and the best of `ranked`.
+    """A few test papers: prompt, reference, and the truncated completions of the base and the best of `ranked`.
 
-    A text is a list of [words, agrees]: whether they stand in the true rest too, in the same order, at least two in a
-    row.
+    A text is a list of [words, agrees]: whether the reference continuation has them too, in the same order, at
+    least two in a row.
     """
     shown = list(ranked)[:SHOWN]
     rows = {name: [r for r in tables[name].to_pylist() if _is_example(r, decoding)] for name in shown}
     first = sorted(rows[shown[0]], key=lambda r: hashlib.sha256(r["id"].encode()).digest())[:EXAMPLES]
-    found = []
+    result = []
     for row in first:
         texts = {name: next(r for r in rows[name] if r["id"] == row["id"]) for name in shown}
         systems = [
             {
                 "system": name,
-                "parts": agreements(r["fair"], r["reference"]),
-                "stop": r["fair_stop"],
-                "similarity": r["fair_similarity"],
-                "overlap": r["fair_overlap"],
+                "parts": agreements(r["truncated"], r["reference"]),
+                "stop": r["truncated_by"],
+                "similarity": r["truncated_similarity"],
+                "overlap": r["truncated_overlap"],
             }
             for name, r in texts.items()
         ]
-        found.append({"id": row["id"], "prompt": row["prompt"], "reference": row["reference"], "systems": systems})
-    return found
+        result.append({"id": row["id"], "prompt": row["prompt"], "reference": row["reference"], "systems": systems})
+    return result
 
 
 def agreements(text: str, reference: str, least: int = 2) -> list[tuple[str, bool]]:
     """`text` in parts, each with whether it stands word for word and in the same order in `reference`."""
-    mine, theirs = text.split(), reference.split()
-    blocks = difflib.SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks()
+    own, other = text.split(), reference.split()
+    blocks = difflib.SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks()
     parts, at = [], 0
     for block in blocks:
         if block.size < least and block.size:
             continue
-        parts += [(" ".join(mine[at : block.a]), False), (" ".join(mine[block.a : block.a + block.size]), True)]
+        parts += [(" ".join(own[at : block.a]), False), (" ".join(own[block.a : block.a + block.size]), True)]
         at = block.a + block.size
     return [(words, same) for words, same in parts if words]
 
 
 def rows(completions: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The figures as one long table: a row a system and measure."""
-    found = []
+    result = []
     for split, by_decoding in completions["figures"].items():
-        for decoding, by_stop in by_decoding.items():
-            for stop, systems in by_stop.items():
+        for decoding, by_truncation in by_decoding.items():
+            for truncation, systems in by_truncation.items():
                 for system, measures in systems.items():
                     for measure, f in measures.items():
                         delta = f.get("delta", {})
-                        found.append(
+                        result.append(
                             {
                                 "split": split,
                                 "decoding": decoding,
-                                "stop": stop,
+                                "truncation": truncation,
                                 "system": system,
                                 "measure": measure,
                                 "mean": f["mean"],
@@ -163,7 +165,7 @@ def rows(completions: Mapping[str, Any]) -> list[dict[str, Any]]:
                                 "reference": completions["reference"][split].get(measure),
                             }
                         )
-    return found
+    return result
 
 
 def to_csv(table: Sequence[Mapping[str, Any]]) -> str:
@@ -193,13 +195,13 @@ def _similarity_model(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _measured(
     tables: Tables,
     chosen: np.ndarray,
-    stop: str,
+    truncation: str,
     settings: Mapping[str, Any],
     similarity: Mapping[str, Any],
     config: CompareConfig,
 ) -> dict[str, dict[str, Any]]:
-    columns = {name: _columns(t.filter(pa.array(chosen)), stop, settings) for name, t in tables.items()}
-    found: dict[str, dict[str, Any]] = {name: {} for name in columns}
+    columns = {name: _columns(t.filter(pa.array(chosen)), truncation, settings) for name, t in tables.items()}
+    result: dict[str, dict[str, Any]] = {name: {} for name in columns}
     for measure in columns[BASE]:
         if measure in MEASURES[:2] and "missing" in similarity:
             continue
@@ -208,39 +210,39 @@ def _measured(
             values[BASE], {n: v for n, v in values.items() if n != BASE}, config.resamples, config.seed
         )
         for name, v in values.items():
-            there = v[np.isfinite(v)]
-            found[name][measure] = {"mean": float(there.mean()) if len(there) else None, **paired.get(name, {})}
-    return found
+            present = v[np.isfinite(v)]
+            result[name][measure] = {"mean": float(present.mean()) if len(present) else None, **paired.get(name, {})}
+    return result
 
 
-def _columns(table: pa.Table, stop: str, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _columns(table: pa.Table, truncation: str, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Each measure of one system as [papers], nan where a text has none."""
-    before = STOPS[stop]
+    before = TRUNCATIONS[truncation]
     number = lambda column: np.array(table[column].to_pylist(), float)  # None becomes nan
-    found = {m: number(before + m) for m in MEASURES}
-    found["memorised"] = (found["overlap"] >= settings["memorised_words"]).astype(float)
-    if stop == "plain":
-        found["stopped"] = np.array([r == "eos" for r in table["stop_reason"].to_pylist()], float)
-    found["tokens"] = number("n_tokens" if stop == "plain" else "fair_tokens")
-    return found
+    result = {m: number(before + m) for m in MEASURES}
+    result["memorized"] = (result["overlap"] >= settings["memorized_words"]).astype(float)
+    if truncation == "full":
+        result["stopped"] = np.array([r == "eos" for r in table["stop_reason"].to_pylist()], float)
+    result["tokens"] = number("n_tokens" if truncation == "full" else "truncated_tokens")
+    return result
 
 
 def _of_references(table: pa.Table) -> dict[str, float]:
-    """Means of the measures that need no model over the true rests; overlap with all training abstracts."""
+    """Means over the reference continuations; overlap is with all training abstracts."""
     each = [repetition(text) for text in table["reference"].to_pylist()]
-    found = {}
+    result = {}
     for name in REPETITION:
         values = [v for e in each if (v := e[name]) is not None]
         if values:
-            found[name] = float(np.mean(values))
-    found["overlap"] = float(np.mean(table["reference_overlap"].to_pylist()))
-    return found
+            result[name] = float(np.mean(values))
+    result["overlap"] = float(np.mean(table["reference_overlap"].to_pylist()))
+    return result
 
 
-def _memorisation(table: pa.Table, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Share of completions with a long run of a training abstract, and the same of the true rests, for comparison."""
+def _memorization(table: pa.Table, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Share of completions with a long run of a training abstract; the same of the references, for comparison."""
     overlap, own = np.array(table["overlap"].to_pylist()), np.array(table["reference_overlap"].to_pylist())
-    least = settings["memorised_words"]
+    least = settings["memorized_words"]
     return {
         "share": float((overlap >= least).mean()),
         "mean": float(overlap.mean()),

@@ -1,4 +1,4 @@
-"""Completions of the beginnings of abstracts by every system, and what is measured on them.
+"""Completions of the prompts of abstracts by every system, and what is measured on them.
 
 All systems are completed by one engine (feyntune.engine.api), those of different adapters in the same batch.
 Each shard of papers is written as soon as it is there, so a killed evaluation goes on where it was. A prompt is BOS
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from feyntune.artifacts.artifact import sha256_json
 from feyntune.errors import UserError
-from feyntune.evaluation.config import CompletionsConfig, decisive
+from feyntune.evaluation.config import CompletionsConfig, primary_category
 from feyntune.evaluation.overlap import longest_overlaps
 from feyntune.evaluation.prompts import cut, sample_papers
 from feyntune.evaluation.repetition import DEFINITIONS, repetition
@@ -40,23 +40,25 @@ MADE = pa.schema(
         pa.field("temperature", pa.float64()),  # null when greedy
         pa.field("max_new_tokens", pa.int64(), nullable=False),  # as far as this prompt leaves room for
         pa.field("prompt", pa.string(), nullable=False),
-        pa.field("reference", pa.string(), nullable=False),  # the true rest
+        pa.field("reference", pa.string(), nullable=False),  # reference continuation
         pa.field("completion", pa.string(), nullable=False),  # all that was written, white space at its start kept
         pa.field("stop_reason", pa.string(), nullable=False),  # eos, or length
         pa.field("n_tokens", pa.int64(), nullable=False),  # of the completion, without EOS
-        pa.field("fair", pa.string(), nullable=False),  # the completion up to the fair stop
-        pa.field("fair_stop", pa.string(), nullable=False),  # blank line, reference length, or what ended it before
-        pa.field("fair_tokens", pa.int64(), nullable=False),
+        pa.field("truncated", pa.string(), nullable=False),  # the completion up to truncation
+        pa.field("truncated_by", pa.string(), nullable=False),  # blank line, reference length, or what ended it before
+        pa.field("truncated_tokens", pa.int64(), nullable=False),
         pa.field("request_seed", pa.int64()),  # what the engine was given for this paper
     ]
 )
-# Of the whole completion, and with `fair_` before the name of its fair part. Floats, null where there is none.
+# Of the whole completion, and prefixed `truncated_` of its truncated part. Floats, null where there is none.
 MEASURES = ["similarity", "similarity_with_prompt", *DEFINITIONS, "overlap"]
 SCHEMA = pa.schema(
     [
         *MADE,
-        *(pa.field(f"{stop}{m}", pa.float64()) for stop in ("", "fair_") for m in MEASURES),
-        pa.field("reference_overlap", pa.float64(), nullable=False),  # the true rest's own, with the same papers
+        *(pa.field(f"{prefix}{m}", pa.float64()) for prefix in ("", "truncated_") for m in MEASURES),
+        pa.field(
+            "reference_overlap", pa.float64(), nullable=False
+        ),  # reference continuation's own, with the same papers
     ]
 )
 SHARD = 32  # papers between two writes
@@ -64,7 +66,7 @@ SHARD = 32  # papers between two writes
 
 @dataclass(frozen=True)
 class Prompt:
-    """A paper's beginning, and what the abstract really goes on with."""
+    """A prompt from an abstract, and its reference continuation."""
 
     id: str
     primary: str
@@ -83,20 +85,20 @@ class Loaded:
 
 
 def prompts(papers: pa.Table, categories: list[str], config: CompletionsConfig) -> list[Prompt]:
-    """What is to be completed, sorted by id: of `papers` (as evaluate.test_papers) those of the deciding category.
+    """What is to be completed, sorted by id: of `papers` (as evaluate.test_papers) those of the primary category.
 
     An abstract of a single word leaves nothing to complete and is passed over.
     """
-    category = decisive(categories)
+    category = primary_category(categories)
     if category is not None:
-        mine = [p == category or p.partition(".")[0] == category for p in papers["primary"].to_pylist()]
-        papers = papers.filter(pa.array(mine, pa.bool_()))
+        in_category = [p == category or p.partition(".")[0] == category for p in papers["primary"].to_pylist()]
+        papers = papers.filter(pa.array(in_category, pa.bool_()))
     papers = papers.filter(pa.array([" " in a for a in papers["abstract"].to_pylist()], pa.bool_()))
-    found = []
+    result = []
     for split, most in (("test", config.papers), ("holdout", config.holdout_papers)):
         for p in sample_papers(papers.filter(pc.equal(papers["split"], split)), most).to_pylist():
-            found.append(Prompt(p["id"], p["primary"], split, *cut(p["abstract"], config.rule)))
-    return sorted(found, key=lambda p: p.id)
+            result.append(Prompt(p["id"], p["primary"], split, *cut(p["abstract"], config.rule)))
+    return sorted(result, key=lambda p: p.id)
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -168,15 +170,15 @@ class Completer:
             made = asyncio.run(self._make(missing, {name: Path(adapters[name]) for name in sorted(needed)}))
             pieces |= made
         order = [("id", "ascending"), ("decoding", "ascending")]
-        found = {}
+        result = {}
         for system in systems:
             table = pa.concat_tables([t for (of, _, _), t in pieces.items() if of == system]).sort_by(order)
-            found[system] = table.filter(pc.greater(table["max_new_tokens"], 0))
-            if not found[system].num_rows:
+            result[system] = table.filter(pc.greater(table["max_new_tokens"], 0))
+            if not result[system].num_rows:
                 raise UserError(
                     "Every prompt fills the base's context: use a base with a longer one, or no completions."
                 )
-        return found
+        return result
 
     async def _make(
         self, missing: Mapping[tuple[str, str, int], Path], adapters: Mapping[str, Path]
@@ -187,16 +189,20 @@ class Completer:
 
         loaded = self.load()
         tokens = {p.id: prompt_tokens(loaded.tokenizer, p.prompt) for p in self.prompts}
-        wanted = {p.id: len(loaded.tokenizer.encode(" " + p.reference, add_special_tokens=False)) for p in self.prompts}
+        reference_tokens = {
+            p.id: len(loaded.tokenizer.encode(" " + p.reference, add_special_tokens=False)) for p in self.prompts
+        }
         context = loaded.model.config.max_position_embeddings
         longest = min(max(map(len, tokens.values())) + self.config.max_new_tokens, context)
         ranks = [json.loads((f / "adapter_config.json").read_text())["r"] for f in adapters.values()]
         settings = EngineSettings(
             max_adapters=max(1, len(adapters)),
             max_rank=max([1, *ranks]),
-            batch_requests=self.config.requests,
-            batch_tokens=max(512, self.config.requests),
-            cache_tokens=max(64, 16 * math.ceil(longest / 16), min(self.config.requests * (longest + 16), 65536)),
+            batch_requests=self.config.max_concurrent_requests,
+            batch_tokens=max(512, self.config.max_concurrent_requests),
+            cache_tokens=max(
+                64, 16 * math.ceil(longest / 16), min(self.config.max_concurrent_requests * (longest + 16), 65536)
+            ),
             queue=len(missing) * SHARD,
         )
         engine = BatchingEngine(loaded.model, loaded.eos, settings)
@@ -208,16 +214,16 @@ class Completer:
                     await engine.load_adapter(name, folder)
                 except InvalidAdapterError as e:
                     raise UserError(f"Adapter {name} ({folder}) cannot complete texts: {e}.") from e
-            with progress("complete", sum(len(self._papers(start)) for _, _, start in missing), "texts") as ticker:
+            with progress("complete", sum(len(self._papers(start)) for _, _, start in missing), "texts") as bar:
 
                 async def shard(system: str, decoding: str, start: int) -> None:
                     papers = self._papers(start)
-                    ask = [self._ask(engine, loaded, system, decoding, p, tokens, wanted) for p in papers]
+                    ask = [self._ask(engine, loaded, system, decoding, p, tokens, reference_tokens) for p in papers]
                     rows = await asyncio.gather(*ask)
                     table = pa.Table.from_pylist(rows, MADE)
                     write_shard(table, missing[system, decoding, start])
                     made[system, decoding, start] = table
-                    ticker.advance(len(papers))
+                    bar.advance(len(papers))
 
                 await asyncio.gather(*[shard(*at) for at in missing])
         finally:
@@ -235,7 +241,7 @@ class Completer:
         decoding: str,
         paper: Prompt,
         tokens: Mapping[str, list[int]],
-        wanted: Mapping[str, int],
+        reference_tokens: Mapping[str, int],
     ) -> dict[str, Any]:
         """One row of MADE."""
         from feyntune.engine.api import Sampling
@@ -250,7 +256,7 @@ class Completer:
         ended = bool(written) and written[-1] in loaded.eos
         written = written[:-1] if ended else written
         reason = "eos" if ended else "length"
-        fair, fair_stop = fair_part(loaded.tokenizer, written, wanted[paper.id])
+        truncated, truncated_by = truncate(loaded.tokenizer, written, reference_tokens[paper.id])
         return {
             **paper.__dict__,
             "rule": config.rule,
@@ -261,9 +267,9 @@ class Completer:
             "completion": decode(loaded.tokenizer, written),
             "stop_reason": reason,
             "n_tokens": len(written),
-            "fair": fair,
-            "fair_stop": fair_stop or reason,
-            "fair_tokens": len(loaded.tokenizer.encode(fair, add_special_tokens=False)),
+            "truncated": truncated,
+            "truncated_by": truncated_by or reason,
+            "truncated_tokens": len(loaded.tokenizer.encode(truncated, add_special_tokens=False)),
             "request_seed": seed,
         }
 
@@ -273,7 +279,7 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def fair_part(tokenizer: Any, tokens: Sequence[int], most: int) -> tuple[str, str | None]:
+def truncate(tokenizer: Any, tokens: Sequence[int], most: int) -> tuple[str, str | None]:
     """What stands before the first blank line and within `most` tokens, and which of the two ended it (None: neither).
 
     A base model has not learned to stop after an abstract, so all it wrote measures stopping as much as physics.
@@ -301,21 +307,21 @@ def measure(
         training, n = training_texts(data, mixtures[system])
         stats.setdefault("training_papers", {})[system] = n
         rows = table.to_pylist()
-        texts = {"": [r["completion"] for r in rows], "fair_": [r["fair"] for r in rows]}
-        overlaps = longest_overlaps([*texts[""], *texts["fair_"], *(r["reference"] for r in rows)], training)
+        texts = {"": [r["completion"] for r in rows], "truncated_": [r["truncated"] for r in rows]}
+        overlaps = longest_overlaps([*texts[""], *texts["truncated_"], *(r["reference"] for r in rows)], training)
         parts = iter(overlaps.reshape(3, len(rows)).astype(float).tolist())
-        for stop, written in texts.items():
-            found = columns[system]
+        for prefix, written in texts.items():
+            result = columns[system]
             for name in MEASURES[:2]:
-                found[stop + name] = [None] * len(rows)
+                result[prefix + name] = [None] * len(rows)
             if vectors:
                 for name, before in zip(MEASURES[:2], (False, True), strict=True):
-                    found[stop + name] = [
+                    result[prefix + name] = [
                         _similarity(vectors, r, w, before) for r, w in zip(rows, written, strict=True)
                     ]
             repeated = [repetition(w) for w in written]
-            found |= {stop + name: [r[name] for r in repeated] for name in DEFINITIONS}
-            found[stop + "overlap"] = next(parts)
+            result |= {prefix + name: [r[name] for r in repeated] for name in DEFINITIONS}
+            result[prefix + "overlap"] = next(parts)
         columns[system]["reference_overlap"] = next(parts)
     tables = {
         s: pa.Table.from_pydict({**{c: t[c] for c in t.column_names}, **columns[s]}, schema=SCHEMA)
@@ -339,14 +345,14 @@ def training_texts(data: str | Path, mixture: str | None) -> tuple[pa.ChunkedArr
 
 
 def _pairs(row: Mapping[str, Any], written: str, with_prompt: bool) -> tuple[str, str]:
-    """The two texts that are compared: completion and true rest, or (FeynTune's) both with the prompt before them."""
+    """The two texts that are compared: completion and reference, or (FeynTune's) both with the prompt before them."""
     if with_prompt:
         return f"{row['prompt']}{written}".strip(), f"{row['prompt']} {row['reference']}"
     return written.strip(), row["reference"]
 
 
 def _similarity(vectors: Mapping[str, Any], row: Mapping[str, Any], written: str, with_prompt: bool) -> float:
-    """Cosine; 0 for a completion without any text, which says nothing of the true rest."""
+    """Cosine; 0 for a completion without any text, which says nothing of the reference continuation."""
     one, other = _pairs(row, written, with_prompt)
     return float(vectors[one] @ vectors[other]) if one else 0.0
 
@@ -366,7 +372,7 @@ def _embed(made: Mapping[str, pa.Table], model: str | None) -> tuple[dict[str, A
         text
         for table in made.values()
         for row in table.to_pylist()
-        for written in (row["completion"], row["fair"])
+        for written in (row["completion"], row["truncated"])
         for with_prompt in (False, True)
         for text in _pairs(row, written, with_prompt)
         if text

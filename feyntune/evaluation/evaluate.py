@@ -1,6 +1,6 @@
 """Score the base model and its adapters on the test abstracts, one row an abstract, and have them complete some.
 
-Abstracts are tokenised and sorted once, the base is loaded once, and each shard of scores and of completions is
+Abstracts are tokenized and sorted once, the base is loaded once, and each shard of scores and of completions is
 written as soon as it is there: an evaluation that was killed goes on where it was. A finished one returns without
 importing torch.
 """
@@ -137,13 +137,13 @@ def test_papers(data: str | Path, categories: list[str]) -> pa.Table:
         UserError: a category has none.
     """
     papers = pq.read_table(Path(data) / "papers.parquet", columns=["id", "primary", "abstract", "withdrawn", "split"])
-    wanted = pc.and_(pc.is_in(papers["split"], pa.array(["test", "holdout"])), pc.invert(papers["withdrawn"]))
-    papers = papers.filter(wanted).drop_columns("withdrawn").sort_by("id")
-    found = [category_of(p, categories) for p in papers["primary"].to_pylist()]
+    selected = pc.and_(pc.is_in(papers["split"], pa.array(["test", "holdout"])), pc.invert(papers["withdrawn"]))
+    papers = papers.filter(selected).drop_columns("withdrawn").sort_by("id")
+    result = [category_of(p, categories) for p in papers["primary"].to_pylist()]
     for category in categories:
-        if category not in found:
+        if category not in result:
             raise UserError(f"{data} has no test paper of category {category}: take it out, or use a larger corpus.")
-    return papers.filter(pa.array([f is not None for f in found], pa.bool_()))
+    return papers.filter(pa.array([f is not None for f in result], pa.bool_()))
 
 
 def category_of(primary: str, categories: list[str]) -> str | None:
@@ -194,7 +194,7 @@ class _Scorer:
         order = self._order()
         pieces = []
         adapted = False
-        with progress(f"score {system}", len(order), "abstracts") as ticker:
+        with progress(f"score {system}", len(order), "abstracts") as bar:
             for start in range(0, len(order), SHARD):
                 rows = order[start : start + SHARD]
                 path = shards / f"{start:08d}.parquet"
@@ -208,7 +208,7 @@ class _Scorer:
                 else:
                     self.resumed += 1
                 pieces.append(table)
-                ticker.advance(len(rows))
+                bar.advance(len(rows))
         return pa.concat_tables(pieces).sort_by("id")
 
     def _order(self) -> np.ndarray:

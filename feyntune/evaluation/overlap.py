@@ -62,47 +62,47 @@ def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     size = len(tokens) - n + 1
     if size <= 0:
         return np.zeros(0, np.uint64)
-    found, whole = np.zeros(size, np.uint64), np.ones(size, bool)
+    result, whole = np.zeros(size, np.uint64), np.ones(size, bool)
     numbers = (tokens + 2).astype(np.uint64)
     for i in range(n):
         part = numbers[i : i + size]
-        found = (found ^ (found >> np.uint64(29))) * _FACTOR + part
+        result = (result ^ (result >> np.uint64(29))) * _FACTOR + part
         whole &= part != 1
-    return np.where(whole, np.maximum(found, np.uint64(1)), np.uint64(0))
+    return np.where(whole, np.maximum(result, np.uint64(1)), np.uint64(0))
 
 
-def _agreeing(mine: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _agreeing(own: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places in `theirs` whose hash is one of `mine` (sorted, unique), and where in `mine` it stands."""
     shift = np.uint64(64 - _TABLE)
     table = np.zeros(1 << _TABLE, bool)
-    table[((mine * _FACTOR) >> shift).astype(np.int64)] = True
-    maybe = np.flatnonzero(table[((theirs * _FACTOR) >> shift).astype(np.int64)] & (theirs != 0))
-    at = np.searchsorted(mine, theirs[maybe])
-    at[at == len(mine)] = 0
-    same = mine[at] == theirs[maybe]
+    table[((own * _FACTOR) >> shift).astype(np.int64)] = True
+    maybe = np.flatnonzero(table[((other * _FACTOR) >> shift).astype(np.int64)] & (other != 0))
+    at = np.searchsorted(own, other[maybe])
+    at[at == len(own)] = 0
+    same = own[at] == other[maybe]
     return maybe[same], at[same]
 
 
 def _follow(tokens: np.ndarray, row: np.ndarray, chunk: np.ndarray, best: np.ndarray) -> None:
     """Lengthen `best` by the runs of at least SEED words that `tokens` and `chunk` share."""
-    mine = _hashes(tokens, SEED)
-    order = np.argsort(mine, kind="stable")
-    order = order[mine[order] != 0]
+    own = _hashes(tokens, SEED)
+    order = np.argsort(own, kind="stable")
+    order = order[own[order] != 0]
     if not len(order):
         return
-    unique, first, count = np.unique(mine[order], return_index=True, return_counts=True)
-    there, which = _agreeing(unique, _hashes(chunk, SEED))
+    unique, first, count = np.unique(own[order], return_index=True, return_counts=True)
+    present, which = _agreeing(unique, _hashes(chunk, SEED))
     many = count[which]
-    theirs = np.repeat(there, many)
+    other = np.repeat(present, many)
     inside = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
     ours = order[np.repeat(first[which], many) + inside]
     real = np.ones(len(ours), bool)  # by the words themselves
     for i in range(SEED):
-        real &= tokens[ours + i] == chunk[theirs + i]
-    ours, theirs = ours[real], theirs[real]
+        real &= tokens[ours + i] == chunk[other + i]
+    ours, other = ours[real], other[real]
     if not len(ours):
         return
-    diagonal = theirs - ours
+    diagonal = other - ours
     order = np.lexsort((ours, diagonal))
     ours, diagonal = ours[order], diagonal[order]
     new = np.ones(len(ours), bool)
@@ -116,17 +116,17 @@ def _present(
     tokens: np.ndarray, row: np.ndarray, chunk: np.ndarray, n: int, open_rows: np.ndarray, best: np.ndarray
 ) -> None:
     """Set `best` to `n` for the open texts of which a run of `n` words stands in `chunk`."""
-    mine = _hashes(tokens, n)
-    mine[~open_rows[row[: len(mine)]]] = 0
-    ours = np.flatnonzero(mine)
-    unique, which = np.unique(mine[ours], return_inverse=True)
+    own = _hashes(tokens, n)
+    own[~open_rows[row[: len(own)]]] = 0
+    ours = np.flatnonzero(own)
+    unique, which = np.unique(own[ours], return_inverse=True)
     if not len(unique):
         return
-    there, hit = _agreeing(unique, _hashes(chunk, n))
+    present, hit = _agreeing(unique, _hashes(chunk, n))
     place = np.full(len(unique), -1)
-    place[hit] = there  # any one of its places
-    ours, theirs = ours[place[which] >= 0], place[which][place[which] >= 0]
+    place[hit] = present  # any one of its places
+    ours, other = ours[place[which] >= 0], place[which][place[which] >= 0]
     real = np.ones(len(ours), bool)
     for i in range(n):
-        real &= tokens[ours + i] == chunk[theirs + i]
+        real &= tokens[ours + i] == chunk[other + i]
     best[np.unique(row[ours[real]])] = n

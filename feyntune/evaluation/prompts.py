@@ -39,12 +39,12 @@ def sentences(text: str, rule: str) -> list[str]:
     """
     if rule == "paper":
         return _PAPER.split(text)
-    found, start = [], 0
+    result, start = [], 0
     for boundary in _CAREFUL.finditer(text):
         if _ends(text[start : boundary.start()], text[: boundary.start()], text[boundary.end() :]):
-            found.append(text[start : boundary.end()].rstrip())
+            result.append(text[start : boundary.end()].rstrip())
             start = boundary.end()
-    return [*found, text[start:]] if start < len(text) else found
+    return [*result, text[start:]] if start < len(text) else result
 
 
 def _ends(sentence: str, before: str, after: str) -> bool:

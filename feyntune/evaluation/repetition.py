@@ -23,17 +23,17 @@ def repetition(text: str) -> dict[str, float | None]:
     """DEFINITIONS of `text`; None where it is too short to have any (case counts for nothing)."""
     words = _WORDS.findall(text.lower())
     raw = text.strip().encode()
-    found: dict[str, float | None] = {"words": float(len(words))}
+    result: dict[str, float | None] = {"words": float(len(words))}
     for n in (1, 2):
         counts = _grams(words, n)
-        found[f"entropy_{n}"] = _entropy(counts) if counts else None
+        result[f"entropy_{n}"] = _entropy(counts) if counts else None
     for n in (1, 2):
         counts = _grams(words, n)
-        found[f"distinct_{n}"] = len(counts) / counts.total() if counts else None
+        result[f"distinct_{n}"] = len(counts) / counts.total() if counts else None
     four = _grams(words, 4)
-    found["repeated_4"] = 1 - len(four) / four.total() if four else None
-    found["compression"] = len(raw) / len(zlib.compress(raw, 9)) if raw else None
-    return found
+    result["repeated_4"] = 1 - len(four) / four.total() if four else None
+    result["compression"] = len(raw) / len(zlib.compress(raw, 9)) if raw else None
+    return result
 
 
 def _grams(words: list[str], n: int) -> Counter[tuple[str, ...]]:

@@ -71,40 +71,46 @@ def render(
     )
 
 
+SIGNIFICANT = "95 % CI, Holm-adjusted p < 0.05"
+
+
 def verdict(summary: dict[str, Any]) -> list[str]:
-    """What was found, in sentences: which variant, how sure, at what cost."""
-    test, found, variants = summary["test"], summary["verdict"], summary["variants"]
+    """The result in sentences: which variant, how significant, at what cost."""
+    test, result, variants = summary["test"], summary["verdict"], summary["variants"]
     n = f"{test['abstracts']:,} test abstracts of {test['category']}"
     if not variants:
         return [f"No variant was measured on the {n}."]
-    if found["best"] is None:
+    if result["best"] is None:
         return [
-            f"None of {len(variants)} variant{'s' if len(variants) > 1 else ''} is surely better than the base model "
-            f"on {n}: no paired interval lies below zero after correction for their number."
+            f"None of {len(variants)} variant{'s' if len(variants) > 1 else ''} is significantly better than the base "
+            f"model on {n} ({SIGNIFICANT})."
         ]
-    name = found["best"]
+    name = result["best"]
     best, base = variants[name], summary["base"]["perplexity"]["abstract_mean"]
     delta = best["delta"]
-    said = [
+    sentences = [
         f"{name} lowers the perplexity of the base model from {base:.2f} to "
         f"{best['perplexity']['abstract_mean']:.2f} on {n}.",
-        f"Paired by abstract the difference is {_signed(delta['mean'])} "
-        f"(95 % interval {_signed(delta['low'])} to {_signed(delta['high'])}; Holm-corrected p {_p(best['p_holm'])}); "
+        f"The difference, paired by abstract, is {_signed(delta['mean'])} "
+        f"(95 % CI {_signed(delta['low'])} to {_signed(delta['high'])}; Holm-adjusted p {_p(best['p_holm'])}); "
         f"it is better on {_share(best['share_better'])} of the abstracts.",
     ]
-    if found["lead"] is not None:
-        lead = found["lead"]
-        sure = "surely ahead of" if lead["high"] < 0 else "not surely ahead of"
-        said.append(
-            f"It is {sure} the next best, {lead['over']}: {_signed(lead['mean'])} "
-            f"({_signed(lead['low'])} to {_signed(lead['high'])})."
+    if result["lead"] is not None:
+        lead = result["lead"]
+        significant = "" if lead["high"] < 0 else ", which is not significant"
+        sentences.append(
+            f"Its difference from the next best, {lead['over']}, is {_signed(lead['mean'])} "
+            f"(95 % CI {_signed(lead['low'])} to {_signed(lead['high'])}){significant}."
         )
     if best.get("train_tokens") and best.get("seconds"):
-        said.append(f"It cost {best['train_tokens']:,} training tokens and {_seconds(best['seconds'])}.")
-    said += _of_its_completions(summary, name)
+        sentences.append(f"It was trained on {best['train_tokens']:,} tokens in {_seconds(best['seconds'])}.")
+    sentences += _completion_sentences(summary, name)
     if len(variants) > 1:
-        said.append(f"{found['better_than_base']} of {len(variants)} variants are surely better than the base.")
-    return said
+        sentences.append(
+            f"{result['better_than_base']} of {len(variants)} variants are significantly better than the base "
+            f"({SIGNIFICANT})."
+        )
+    return sentences
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -146,11 +152,11 @@ def _transfer(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
     """Perplexity of every system on every category, and the change against the base in percent."""
     if "transfer" not in summary:
         return None
-    found = summary["transfer"]
+    result = summary["transfer"]
     lines = []
     for name in (r["system"] for r in rows):
         cells = []
-        for category in found.values():
+        for category in result.values():
             value = category["systems"][name]["perplexity"]["abstract_mean"]
             base = category["systems"][BASE]["perplexity"]["abstract_mean"]
             delta = category["systems"][name].get("delta")
@@ -160,7 +166,7 @@ def _transfer(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
     for line in lines:
         for cell in line["cells"]:
             cell["ink"] = round(60 * abs(cell["change"]) / widest)
-    return {"categories": {c: v["abstracts"] for c, v in found.items()}, "lines": lines}
+    return {"categories": {c: v["abstracts"] for c, v in result.items()}, "lines": lines}
 
 
 def _learning(curves: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -205,13 +211,13 @@ def _points(curve: dict[str, Any], most: int = 120) -> tuple[list[tuple[int, flo
 
 def budget(summary: dict[str, Any]) -> str:
     """Whether variants can be ranked by their data, or differ in how much they were trained; "" for fewer than two."""
-    found = summary["budget"]
-    if len(summary["variants"]) < 2 or found["smallest"] is None:
+    result = summary["budget"]
+    if len(summary["variants"]) < 2 or result["smallest"] is None:
         return ""
-    if found["matched"]:
+    if result["matched"]:
         return "All variants were trained on the same number of tokens (within 5 %): their ranking compares their data."
     return (
-        f"Variants were trained for a fixed number of epochs, as in the paper: the largest saw {found['spread']:.1f} "
+        f"Variants were trained for a fixed number of epochs, as in the paper: the largest saw {result['spread']:.1f} "
         "times the tokens of the smallest, so more training and better data cannot be told apart between them."
     )
 
@@ -221,7 +227,7 @@ def _published(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict
     if summary["test"]["category"] != "hep-th":
         return []
     best = rows[1] if len(rows) > 1 else None
-    found = [
+    result = [
         {"what": "Perplexity, base", "published": "11.20", "ours": _number(rows[0]["abstract_mean"], 2)},
         {
             "what": "Perplexity, best variant",
@@ -232,7 +238,7 @@ def _published(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict
     similar = [r for r in rows[1:] if r["similarity_with_prompt"] is not None]
     if rows[0]["similarity_with_prompt"] is not None:
         most = max(similar, key=lambda r: r["similarity_with_prompt"], default=None)
-        found += [
+        result += [
             {
                 "what": "Similarity with the prompt on both sides, base",
                 "published": f"{PUBLISHED_SIMILARITY['base']:.2f}",
@@ -244,7 +250,7 @@ def _published(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict
                 "ours": f"{_number(most['similarity_with_prompt'], 2)} ({most['system']})" if most else "–",
             },
         ]
-    return found
+    return result
 
 
 # Heading, measure, and how its mean is written.
@@ -263,61 +269,63 @@ _COLUMNS = [
 
 
 def _completions(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Tables of the test papers' completions, one for each decoding and stop, and memorisation."""
+    """Tables of the test papers' completions, one for each decoding and truncation, and memorization."""
     if "completions" not in summary:
         return None
-    found = summary["completions"]
+    result = summary["completions"]
     systems = [r["system"] for r in rows]
     tables = []
-    for decoding, by_stop in found["figures"]["test"].items():
-        for stop, figures in by_stop.items():
+    for decoding, by_truncation in result["figures"]["test"].items():
+        for truncation, figures in by_truncation.items():
             columns = [c for c in _COLUMNS if c[1] in figures[BASE]]
             lines = []
             for name in [*systems, None]:
                 cells = []
                 for _, measure, form in columns:
-                    figure = figures[name][measure] if name else {"mean": found["reference"]["test"].get(measure)}
+                    figure = figures[name][measure] if name else {"mean": result["reference"]["test"].get(measure)}
                     mean, delta = figure["mean"], figure.get("delta")
                     cells.append(
                         {
                             "mean": "–" if mean is None else form(mean),
                             "delta": delta
                             and f"{_signed(delta['mean'])} [{_signed(delta['low'])}, {_signed(delta['high'])}]",
-                            "sure": bool(delta) and figure["p_holm"] < 0.05,
+                            "significant": bool(delta) and figure["p_holm"] < 0.05,
                         }
                     )
-                lines.append({"system": name or "the true rest", "cells": cells})
-            tables.append({"decoding": decoding, "stop": stop, "heads": [c[0] for c in columns], "lines": lines})
-    memorisation = [{"system": name, **found["memorisation"][name]} for name in systems]
-    return {**found, "tables": tables, "memorisation": memorisation, "used": {c[1] for c in _COLUMNS}}
+                lines.append({"system": name or "reference continuation", "cells": cells})
+            tables.append(
+                {"decoding": decoding, "truncation": truncation, "heads": [c[0] for c in columns], "lines": lines}
+            )
+    memorization = [{"system": name, **result["memorization"][name]} for name in systems]
+    return {**result, "tables": tables, "memorization": memorization, "used": {c[1] for c in _COLUMNS}}
 
 
-def _of_its_completions(summary: dict[str, Any], name: str) -> list[str]:
-    """What the verdict says about a variant's completions: their similarity under the fair stop, and memorisation."""
+def _completion_sentences(summary: dict[str, Any], name: str) -> list[str]:
+    """A variant's completions in sentences: similarity of the truncated ones, and memorization."""
     if "completions" not in summary:
         return []
-    found = summary["completions"]
-    decoding = found["settings"]["decodings"][0]
-    figures = found["figures"]["test"][decoding]["fair"]
-    said = []
+    completions = summary["completions"]
+    decoding = completions["settings"]["decodings"][0]
+    figures = completions["figures"]["test"][decoding]["truncated"]
+    sentences = []
     similarity = figures[name].get("similarity", {})
     if "delta" in similarity:
         delta = similarity["delta"]
-        how = "closer to" if delta["mean"] > 0 else "farther from"
-        if similarity["p_holm"] >= 0.05:
-            how = "not surely closer to or farther from"
-        said.append(
-            f"Its completions of {found['papers']['test']} abstracts are {how} the true rest than the base's, cut by "
-            f"the same rule: cosine similarity {similarity['mean']:.3f} against "
+        closer = "closer to" if delta["mean"] > 0 else "farther from"
+        p = similarity["p_holm"]
+        significance = f"Holm-adjusted p {_p(p)}" + ("" if p < 0.05 else ", n.s.")
+        sentences.append(
+            f"Its completions of {completions['papers']['test']} abstracts are {closer} the reference continuations "
+            f"than the base's, truncated by the same rule: cosine similarity {similarity['mean']:.3f} against "
             f"{figures[BASE]['similarity']['mean']:.3f}, difference {_signed(delta['mean'])} "
-            f"({_signed(delta['low'])} to {_signed(delta['high'])})."
+            f"(95 % CI {_signed(delta['low'])} to {_signed(delta['high'])}; {significance})."
         )
-    memorised = found["memorisation"][name]["test"]
-    said.append(
-        f"{_share(memorised['share'])} of its completions hold {found['settings']['memorised_words']} or more words "
-        "in a row of an abstract it was trained on."
+    memorized = completions["memorization"][name]["test"]
+    sentences.append(
+        f"{_share(memorized['share'])} of its completions share {completions['settings']['memorized_words']} or more "
+        "consecutive words with an abstract of its training set."
     )
-    return said
+    return sentences
 
 
 def _ingest_command(corpus: Manifest | None) -> str:
@@ -363,20 +371,20 @@ def _reproduce(summary: dict[str, Any], manifests: Mapping[str, Manifest]) -> di
 
 def _flat(figures: dict[str, Any], path: str = "") -> list[tuple[str, str]]:
     """Numbers and words of nested counts as (name, value); lists by their length."""
-    found: list[tuple[str, str]] = []
+    result: list[tuple[str, str]] = []
     for key, value in figures.items():
         name = f"{path} {key}".strip().replace("_", " ")
         if isinstance(value, dict):
-            found += _flat(value, name)
+            result += _flat(value, name)
         elif isinstance(value, bool):
-            found.append((name, "yes" if value else "no"))
+            result.append((name, "yes" if value else "no"))
         elif isinstance(value, int | float):
-            found.append((name, _number(value)))
+            result.append((name, _number(value)))
         elif isinstance(value, list):
-            found.append((name, f"{len(value):,}"))
+            result.append((name, f"{len(value):,}"))
         elif value:
-            found.append((name, str(value)))
-    return found
+            result.append((name, str(value)))
+    return result
 
 
 def _number(value: float | None, digits: int = 3) -> str:

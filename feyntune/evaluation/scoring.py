@@ -26,7 +26,7 @@ def score(model: Any, documents: Sequence[Sequence[int]], tokens_per_batch: int,
     a predictive distribution is that logarithm minus the mean logit under it. Both are computed in fp32.
     """
     device = next(model.parameters()).device
-    found = []
+    result = []
     for group in budgeted([len(d) for d in documents], tokens_per_batch):
         batch = pack([documents[i] for i in group]).to(device)
         predicts = batch.labels[0] != IGNORE
@@ -43,8 +43,8 @@ def score(model: Any, documents: Sequence[Sequence[int]], tokens_per_batch: int,
             log_total = total.log()
             nll[part] = log_total + top[:, 0] - own
             entropy[part] = log_total - torch.einsum("tv,tv->t", weights, logits) / total
-        found.append(_by_document(nll, entropy, batch.lengths))
-    return Scores(*(np.concatenate([f[i] for f in found]) for i in range(4)))
+        result.append(_by_document(nll, entropy, batch.lengths))
+    return Scores(*(np.concatenate([f[i] for f in result]) for i in range(4)))
 
 
 def _by_document(nll: torch.Tensor, entropy: torch.Tensor, lengths: list[int]) -> Scores:

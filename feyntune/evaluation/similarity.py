@@ -62,8 +62,8 @@ def _folder(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.json", "*.txt", "*.safetensors", "*.model"]
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"]))
+        selected = ["*.json", "*.txt", "*.safetensors", "*.model"]
+        return Path(snapshot_download(model, allow_patterns=selected, ignore_patterns=["onnx/*", "openvino/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         raise UserError(f"Embedding model {model} cannot be downloaded ({type(e).__name__}).") from e
 

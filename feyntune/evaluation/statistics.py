@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from feyntune.errors import UserError
+from feyntune.statistics import holm
 
 Scores = Mapping[str, np.ndarray]  # columns of feyntune.evaluation.evaluate.SCHEMA, rows in the order of ids
 
@@ -26,7 +27,7 @@ def perplexity(scores: Scores) -> dict[str, float]:
     losses, tokens = scores["nll_text"], scores["n_tokens"]
     low, median, high = np.quantile(each, [0.25, 0.5, 0.75])
     with_eos, tokens_with_eos = losses + scores["nll_eos"], tokens + 1
-    found = {
+    result = {
         "abstract_mean": each.mean(),
         "token": np.exp(losses.sum() / tokens.sum()),
         "median": median,
@@ -36,7 +37,7 @@ def perplexity(scores: Scores) -> dict[str, float]:
         "abstract_mean_with_eos": np.exp(with_eos / tokens_with_eos).mean(),
         "token_with_eos": np.exp(with_eos.sum() / tokens_with_eos.sum()),
     }
-    return {k: float(v) for k, v in found.items()}
+    return {k: float(v) for k, v in result.items()}
 
 
 def bits_per_byte(scores: Scores) -> float:
@@ -77,13 +78,13 @@ def paired_bootstrap(
     means = _bootstrap_means(np.stack(rows), resamples, seed)
 
     base_loss, base_resampled = base["nll_text"].sum() / tokens.sum(), means[1] / means[0]
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(names):
         difference, resampled = each[name], means[2 + i]
         loss = variants[name]["nll_text"].sum() / tokens.sum()
         loss_resampled = means[2 + len(names) + i] / means[0]
         spread = difference.std(ddof=1)
-        found[name] = {
+        result[name] = {
             "delta": _interval(difference.mean(), resampled),
             "token_delta": _interval(np.exp(loss) - np.exp(base_loss), np.exp(loss_resampled) - np.exp(base_resampled)),
             "nll_delta": _interval(loss - base_loss, loss_resampled - base_resampled),
@@ -91,9 +92,9 @@ def paired_bootstrap(
             "effect": float(difference.mean() / spread) if spread > 0 else 0.0,
             "share_better": float((difference < 0).mean()),
         }
-    for name, p in zip(names, holm([found[name]["p"] for name in names]), strict=True):
-        found[name]["p_holm"] = p
-    return found
+    for name, p in zip(names, holm([result[name]["p"] for name in names]), strict=True):
+        result[name]["p_holm"] = p
+    return result
 
 
 def paired_means(
@@ -109,27 +110,17 @@ def paired_means(
         return {}
     differences = np.stack([variants[name][whole] - base[whole] for name in names])
     means = _bootstrap_means(differences, resamples, seed)
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, difference, resampled in zip(names, differences, means, strict=True):
         spread = difference.std(ddof=1)
-        found[name] = {
+        result[name] = {
             "delta": _interval(difference.mean(), resampled),
             "p": _two_sided(resampled),
             "effect": float(difference.mean() / spread) if spread > 0 else 0.0,
         }
-    for name, p in zip(names, holm([found[name]["p"] for name in names]), strict=True):
-        found[name]["p_holm"] = p
-    return found
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the chance of any false claim stays below the level."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
+    for name, p in zip(names, holm([result[name]["p"] for name in names]), strict=True):
+        result[name]["p_holm"] = p
+    return result
 
 
 def _bootstrap_means(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:

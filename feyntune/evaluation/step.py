@@ -31,11 +31,11 @@ def evaluate_branch(
     from feyntune.evaluation.config import EvaluateConfig
     from feyntune.evaluation.evaluate import evaluate
 
-    kept = open_store(store)
-    with failure_as_data(kept, branch, "evaluate", variant, out):
+    artifacts = open_store(store)
+    with failure_as_data(artifacts, branch, "evaluate", variant, out):
         config = EvaluateConfig.model_validate({**recipe.get("evaluate", {}), "include_base": adapter is None})
         evaluate(data, base, {} if adapter is None else {variant: adapter}, out, config)
-        push(kept, out, f"{branch}/evaluation")
+        push(artifacts, out, f"{branch}/evaluation")
 
 
 def compare_branches(
@@ -56,36 +56,36 @@ def compare_branches(
     from feyntune.evaluation.compare import compare
 
     setup()
-    kept = open_store(store)
+    artifacts = open_store(store)
     split = read_manifest(data).digest
     evaluations: list[str | Path] = []
     failures: list[str | Path] = []
     adapters: dict[str, str | Path] = {}
-    places: dict[str, str] = {}
+    adapter_uris: dict[str, str] = {}
     with scratch() as folder:
         for i, name in enumerate([BASE, *variants]):
             branch = place(split, base, recipe, code, name)
-            if finished(kept, branch):
-                pull(kept, f"{branch}/evaluation", folder / f"evaluation-{i}", kind="evaluation")
+            if finished(artifacts, branch):
+                pull(artifacts, f"{branch}/evaluation", folder / f"evaluation-{i}", kind="evaluation")
                 evaluations.append(folder / f"evaluation-{i}")
                 if name != BASE:
-                    pull(kept, f"{branch}/adapter", folder / f"adapter-{i}", kind="adapter")
+                    pull(artifacts, f"{branch}/adapter", folder / f"adapter-{i}", kind="adapter")
                     adapters[name] = folder / f"adapter-{i}"
-                    places[name] = f"{branch}/adapter"
+                    adapter_uris[name] = f"{branch}/adapter"
             else:
-                failure = newest_failure(kept, branch, folder / f"failure-{i}")
+                failure = newest_failure(artifacts, branch, folder / f"failure-{i}")
                 if failure is None:
                     raise UserError(
-                        f"{name} has neither a result nor a failure under {kept.uri}/{branch}: run it again."
+                        f"{name} has neither a result nor a failure under {artifacts.uri}/{branch}: run it again."
                     )
                 if name == BASE:
                     why = json.loads((failure / "outcome.json").read_text())
                     raise UserError(f"The base model could not be scored, so nothing can be compared: {why['error']}")
                 failures.append(failure)
-        compare(evaluations, adapters, data, out, corpus=corpus, failures=failures, places=places)
+        compare(evaluations, adapters, data, out, corpus=corpus, failures=failures, adapter_uris=adapter_uris)
     summary = json.loads((Path(out) / "summary.json").read_text())
-    found = {"base perplexity": summary["base"]["perplexity"]["abstract_mean"]}
+    metrics = {"base perplexity": summary["base"]["perplexity"]["abstract_mean"]}
     for name, variant in summary["variants"].items():
-        found[f"{name} perplexity"] = variant["perplexity"]["abstract_mean"]
-        found[f"{name} minus base"] = variant["delta"]["mean"]
-    return found
+        metrics[f"{name} perplexity"] = variant["perplexity"]["abstract_mean"]
+        metrics[f"{name} minus base"] = variant["delta"]["mean"]
+    return metrics

@@ -123,7 +123,7 @@ def load_endpoints(path: str | Path) -> dict[str, Endpoint]:
         UserError: no such file, not YAML, or a field that is wrong (named; its value is not repeated, it may be a key).
     """
     try:
-        found = _Endpoints.model_validate(yaml.safe_load(Path(path).read_text()))
+        parsed = _Endpoints.model_validate(yaml.safe_load(Path(path).read_text()))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}: give a file of endpoints (components/evaluate/README.md).") from e
     except yaml.YAMLError as e:
@@ -133,10 +133,10 @@ def load_endpoints(path: str | Path) -> dict[str, Endpoint]:
         first = e.errors(include_input=False, include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}.") from None
-    names = [e.name for e in found.endpoints]
+    names = [e.name for e in parsed.endpoints]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two endpoints have the same name: every name must be its own.")
-    return {e.name: e for e in found.endpoints}
+    return {e.name: e for e in parsed.endpoints}
 
 
 class Question(NamedTuple):
@@ -169,7 +169,7 @@ class Answers:
         spent: money, with earlier runs'; bought: answers of this run.
     """
 
-    found: list[Answer | None]
+    answers: list[Answer | None]
     failures: dict[int, str] = field(default_factory=dict)
     stopped: str | None = None
     spent: float = 0.0
@@ -177,17 +177,17 @@ class Answers:
 
     def stats(self) -> dict[str, Any]:
         """Counts for a summary."""
-        there = [a for a in self.found if a]
+        answers = [a for a in self.answers if a]
         return {
-            "questions": len(self.found),
-            "answers": len(there),
+            "questions": len(self.answers),
+            "answers": len(answers),
             "failed": len(self.failures),
             "stopped": self.stopped,
-            "tokens_in": sum(a.tokens_in for a in there),
-            "tokens_out": sum(a.tokens_out for a in there),
-            "cost": sum(a.cost for a in {a.key: a for a in there}.values()),
-            "repeated_requests": sum(a.retries for a in there),
-            "not_metered": sum(not a.metered for a in there),
+            "tokens_in": sum(a.tokens_in for a in answers),
+            "tokens_out": sum(a.tokens_out for a in answers),
+            "cost": sum(a.cost for a in {a.key: a for a in answers}.values()),
+            "repeated_requests": sum(a.retries for a in answers),
+            "not_metered": sum(not a.metered for a in answers),
         }
 
 
@@ -219,7 +219,7 @@ def ask(endpoint: Endpoint, questions: Sequence[Question], beside: Path) -> Answ
         running: dict[Future[Answer], tuple[str, float]] = {}
         with (
             ThreadPoolExecutor(endpoint.at_once) as pool,
-            progress(f"ask {endpoint.name}", len(waiting), "answers") as ticker,
+            progress(f"ask {endpoint.name}", len(waiting), "answers") as bar,
         ):
             while True:
                 while waiting and len(running) < endpoint.at_once and not (stopped or broken or signals.came):
@@ -251,7 +251,7 @@ def ask(endpoint: Endpoint, questions: Sequence[Question], beside: Path) -> Answ
                         log.warning("%s: no answer: %s", endpoint.name, errors[k])
                     else:
                         in_a_row, bought = 0, bought + 1
-                    ticker.advance(1, spent=float(journal.spent))
+                    bar.advance(1, spent=float(journal.spent))
         if signals.came:
             raise Interrupted(f"{bought} answers of {endpoint.name} are kept")
         if broken:
@@ -259,11 +259,11 @@ def ask(endpoint: Endpoint, questions: Sequence[Question], beside: Path) -> Answ
                 f"Endpoint {endpoint.name} gives no answers ({broken}): correct it and start again, the answers it "
                 "gave are kept."
             )
-        found = [journal.answers.get(k) for k in keys]
+        answers = [journal.answers.get(k) for k in keys]
         failures = {i: errors[k] for i, k in enumerate(keys) if k in errors}
         if stopped:
-            log.warning("%s %s: %d questions of %d not asked", endpoint.name, stopped, found.count(None), len(keys))
-        return Answers(found, failures, stopped, journal.spent, bought)
+            log.warning("%s %s: %d questions of %d not asked", endpoint.name, stopped, answers.count(None), len(keys))
+        return Answers(answers, failures, stopped, journal.spent, bought)
 
 
 def _key(endpoint: Endpoint, question: Question) -> str:
@@ -312,10 +312,10 @@ def _request(client: Any, endpoint: Endpoint, key: str, question: Question) -> A
 def _reason(error: Exception, key: str | None) -> str:
     """One line about an error, without the key, which some servers repeat."""
     status = getattr(error, "status_code", None)
-    said = " ".join(f"{f'HTTP {status}, ' if status else ''}{type(error).__name__}: {error}".split())
+    message = " ".join(f"{f'HTTP {status}, ' if status else ''}{type(error).__name__}: {error}".split())
     if key:
-        said = said.replace(key, "***")
-    return said[:300]
+        message = message.replace(key, "***")
+    return message[:300]
 
 
 class _Journal:
@@ -384,12 +384,12 @@ class _Signals:
         log.warning("stopping: waiting for the answers in flight")
 
 
-def in_part(stats: dict[str, Any]) -> bool:
+def is_partial(stats: dict[str, Any]) -> bool:
     """Whether answers are missing, by `Answers.stats`: the cap was met, or requests failed."""
     return bool(stats["stopped"] or stats["failed"])
 
 
-def set_aside(out: Path) -> None:
+def archive_partial(out: Path) -> None:
     """Make room for the whole of a result that is there in part, which stays as NAME.part. Its answers were kept."""
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Other models as systems to compare: they complete the beginnings that the base and the variants completed."""
+"""Other models as systems to compare: they complete the prompts that the base and the variants completed."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, write
 from feyntune.artifacts.completions import Choice, completions_in, gather
 from feyntune.errors import UserError
 from feyntune.judging import endpoints
-from feyntune.judging.endpoints import Answer, Endpoint, Question, in_part, set_aside
+from feyntune.judging.endpoints import Answer, Endpoint, Question, archive_partial, is_partial
 from feyntune.names import BASE
 from feyntune.telemetry import log
 
@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         pa.field("completion", pa.string(), nullable=False),
         pa.field("stop_reason", pa.string(), nullable=False),
         pa.field("n_tokens", pa.int64(), nullable=False),  # as the endpoint counts them
-        pa.field("fair", pa.string(), nullable=False),
+        pa.field("truncated", pa.string(), nullable=False),
     ]
 )
 
@@ -44,7 +44,7 @@ INSTRUCTION = (
 
 
 class AskConfig(BaseModel):
-    """Which beginnings are completed.
+    """Which prompts are completed.
 
     Attributes:
         rule, split: see feyntune.artifacts.completions.Choice.
@@ -83,17 +83,17 @@ def ask(
     decoding = pq.read_table(Path(evaluation) / taken[BASE], columns=["decoding"])["decoding"].to_pylist()
     choice = Choice(
         rule=config.rule, split=config.split, decoding="sampled" if "sampled" in decoding else "greedy"
-    )  # the beginnings are the same for both
+    )  # prompts are the same for both
     given = gather([evaluation], choice)
-    inputs = {"test": given.test, "beginnings": given.digests[BASE]}
+    inputs = {"test": given.test, "prompts": given.digests[BASE]}
     stored = {**config.model_dump(mode="json"), "systems": {s.name: s.public() for s in systems}}
     if (out / MANIFEST).is_file():
         done = open_artifact(out, "answers")
         if (done.inputs, done.config) != (inputs, stored):
             raise UserError(f"{out} holds answers of something else: choose another folder.")
-        if not any(in_part(done.stats[s.name]) for s in systems):
+        if not any(is_partial(done.stats[s.name]) for s in systems):
             return done
-        set_aside(out)
+        archive_partial(out)
     chosen = sorted(given.first(config.papers))
     questions = [Question(INSTRUCTION, given.papers[i].prompt) for i in chosen]
     with write_artifact(out, "answers", inputs, stored) as folder:
@@ -102,7 +102,7 @@ def ask(
             answers = endpoints.ask(system, questions, out.parent)
             rows = [
                 _row(system, config, i, given.papers[i], answer)
-                for i, answer in zip(chosen, answers.found, strict=True)
+                for i, answer in zip(chosen, answers.answers, strict=True)
                 if answer is not None
             ]
             if not rows:
@@ -134,22 +134,22 @@ def _row(system: Endpoint, config: AskConfig, identifier: str, passage: Any, ans
         "completion": completion,
         "stop_reason": {"stop": "eos", "length": "length"}.get(answer.finish, "stop"),
         "n_tokens": answer.tokens_out,
-        "fair": fair_stop(completion, passage.reference),
+        "truncated": truncate(completion, passage.reference),
     }
 
 
-def fair_stop(completion: str, reference: str) -> str:
+def truncate(completion: str, reference: str) -> str:
     """`completion` up to its first blank line, and to as many words as `reference` has.
 
     Words stand for the tokens the measured systems are cut by: an endpoint's tokens are its own.
     """
     pieces = re.split(r"\n[^\S\n]*\n", completion.lstrip("\n"))[0].split(" ")
-    kept: list[str] = []
+    pieces_within: list[str] = []
     left = len(reference.split())
     for piece in pieces:
         if piece.strip():
             if left == 0:
                 break
             left -= 1
-        kept.append(piece)
-    return " ".join(kept).rstrip()
+        pieces_within.append(piece)
+    return " ".join(pieces_within).rstrip()

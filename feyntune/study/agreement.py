@@ -1,4 +1,4 @@
-"""How far raters agree, and means over papers with their intervals.
+"""How far raters agree, with intervals from resampling papers.
 
 The two coefficients are written out here: the libraries that have them (pingouin, krippendorff) are under the GPL.
 """
@@ -47,67 +47,20 @@ def alpha(ratings: np.ndarray) -> float:
     return float(1 - observed / expected) if expected else float("nan")
 
 
-def over_papers(
-    sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int, null: float | None = None
-) -> dict[str, Any]:
-    """A mean, and its 95 % percentile interval from resampling whole papers.
-
-    Args:
-        sums, counts: [papers], the sum and number of the values of each paper; the mean is over all values.
-        null: where given, `p` is two-sided against it, by flipping the signs of whole papers' differences from it
-            (Fisher's randomisation test): a bootstrap's p is too small where there are few papers.
-
-    Returns:
-        {mean, low, high, papers}; low, high and p are None for fewer than two papers.
-    """
-    from scipy.stats import bootstrap, permutation_test
-
-    sums, counts = sums[counts > 0].astype(float), counts[counts > 0].astype(float)
-    found: dict[str, Any] = {"mean": None, "low": None, "high": None, "papers": len(sums)}
-    if null is not None:
-        found["p"] = None
-    if len(sums) == 0:
-        return found
-    found["mean"] = float(sums.sum() / counts.sum())
-    if len(sums) < 2:
-        return found
-    resampled = bootstrap(
-        (sums, counts),
-        lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
-    found["low"], found["high"] = map(float, np.quantile(resampled, [0.025, 0.975]))
-    if null is not None:
-        test = permutation_test(
-            (sums - null * counts,),
-            np.sum,
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=resamples,
-            rng=np.random.default_rng(seed),
-        )
-        found["p"] = float(test.pvalue)
-    return found
-
-
 def interval_over_papers(
     statistic: Callable[[np.ndarray], float], blocks: list[np.ndarray], resamples: int, seed: int
 ) -> dict[str, Any]:
     """A coefficient of the rows of `blocks` (one array a paper) with its interval from resampling whole papers."""
-    found: dict[str, Any] = {"value": None, "low": None, "high": None}
+    result: dict[str, Any] = {"value": None, "low": None, "high": None}
     if not blocks:
-        return found
+        return result
     value = statistic(np.concatenate(blocks))
-    found["value"] = None if np.isnan(value) else value
-    if len(blocks) < 2 or found["value"] is None:
-        return found
+    result["value"] = None if np.isnan(value) else value
+    if len(blocks) < 2 or result["value"] is None:
+        return result
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(len(blocks), size=len(blocks)) for _ in range(resamples))
     values = np.array([statistic(np.concatenate([blocks[i] for i in draw])) for draw in drawn])
     if not np.isnan(values).all():
-        found["low"], found["high"] = map(float, np.nanquantile(values, [0.025, 0.975]))
-    return found
+        result["low"], result["high"] = map(float, np.nanquantile(values, [0.025, 0.975]))
+    return result

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from feyntune.evaluation.statistics import holm
 from feyntune.names import BASE
-from feyntune.study.agreement import alpha, icc, interval_over_papers, over_papers
+from feyntune.statistics import holm, mean_over_papers
+from feyntune.study.agreement import alpha, icc, interval_over_papers
 from feyntune.variants import METHODS
 
 OTHERS = "other models"  # behind endpoints; FeynTune's are commercial ones
@@ -20,6 +20,12 @@ PUBLISHED: dict[str, Any] = {
     "icc": 0.49,
     "icc_without_others": 0.34,
     "alpha": 0.46,
+}
+
+AGREEMENT = {
+    "icc": "ICC(2,1)",
+    "icc_without_others": "ICC(2,1) without other models",
+    "alpha": "Krippendorff's alpha (interval)",
 }
 
 HOW = {
@@ -56,10 +62,11 @@ def figures(ratings: Sequence[Rating], items: Mapping[str, Mapping[str, str]], c
     Returns:
         systems, categories: {name: {n, mean, sd, z_mean, difference, z_difference, and p_holm within difference}},
         raters: {name: {items, scored, mean, sd, offset}} (offset from the mean of raters on items all scored),
-        agreement: {items, raters, icc, alpha, icc_without_others} as {value, low, high}, published, how, scored, of.
+        agreement: {items, raters, icc, alpha, icc_without_others} as {value, low, high, name,
+            published}, published, how, scored, of.
     """
     resamples, seed = int(config["resamples"]), int(config["bootstrap_seed"])
-    z = _standardised(ratings)
+    z = _standardized(ratings)
     papers = sorted({r["id"] for r in ratings})
     kinds = [BASE, *METHODS, OTHERS]
     systems = sorted({r["system"] for r in ratings}, key=lambda s: (kinds.index(category(s)), s))
@@ -68,9 +75,9 @@ def figures(ratings: Sequence[Rating], items: Mapping[str, Mapping[str, str]], c
     of_category = {
         g: _figures_of([s for s in systems if category(s) == g], ratings, z, papers, resamples, seed) for g in groups
     }
-    for found in (of_system, of_category):
+    for result in (of_system, of_category):
         for kind in ("difference", "z_difference"):
-            tested = [f[kind] for name, f in found.items() if name != BASE and f[kind]["p"] is not None]
+            tested = [f[kind] for name, f in result.items() if name != BASE and f[kind]["p"] is not None]
             for each, p in zip(tested, holm([t["p"] for t in tested]), strict=True):
                 each["p_holm"] = p
     return {
@@ -90,7 +97,7 @@ def figures(ratings: Sequence[Rating], items: Mapping[str, Mapping[str, str]], c
     }
 
 
-def _standardised(ratings: Sequence[Rating]) -> list[float]:
+def _standardized(ratings: Sequence[Rating]) -> list[float]:
     """z-scores within each rater, in the order of `ratings`; 0 for a rater who always gives the same score."""
     scores = defaultdict(list)
     for r in ratings:
@@ -103,23 +110,23 @@ def _standardised(ratings: Sequence[Rating]) -> list[float]:
 def _figures_of(
     systems: list[str], ratings: Sequence[Rating], z: list[float], papers: list[str], resamples: int, seed: int
 ) -> dict[str, Any]:
-    mine = np.array([r["system"] in systems for r in ratings])
+    selected = np.array([r["system"] in systems for r in ratings])
     raw = np.array([r["score"] for r in ratings], float)
-    found: dict[str, Any] = {
-        "n": int(mine.sum()),
-        "mean": float(raw[mine].mean()),
-        "sd": float(raw[mine].std(ddof=1)) if mine.sum() > 1 else None,
-        "z_mean": float(np.array(z)[mine].mean()),
-        "interval": _over_papers(ratings, raw * mine, mine, papers, resamples, seed, None),
+    result: dict[str, Any] = {
+        "n": int(selected.sum()),
+        "mean": float(raw[selected].mean()),
+        "sd": float(raw[selected].std(ddof=1)) if selected.sum() > 1 else None,
+        "z_mean": float(np.array(z)[selected].mean()),
+        "interval": _over_papers(ratings, raw * selected, selected, papers, resamples, seed, None),
     }
     if systems == [BASE]:
-        return found
+        return result
     for kind, values in (("difference", raw), ("z_difference", np.array(z))):
         base = {(r["rater"], r["id"]): v for r, v in zip(ratings, values, strict=True) if r["system"] == BASE}
-        paired = mine & np.array([(r["rater"], r["id"]) in base for r in ratings])
+        paired = selected & np.array([(r["rater"], r["id"]) in base for r in ratings])
         less = np.array([base.get((r["rater"], r["id"]), 0.0) for r in ratings])
-        found[kind] = _over_papers(ratings, (values - less) * paired, paired, papers, resamples, seed, 0.0)
-    return found
+        result[kind] = _over_papers(ratings, (values - less) * paired, paired, papers, resamples, seed, 0.0)
+    return result
 
 
 def _over_papers(
@@ -135,23 +142,23 @@ def _over_papers(
     at = [place[r["id"]] for r in ratings]
     sums = np.bincount(at, weights=values, minlength=len(papers))
     counts = np.bincount(at, weights=counted.astype(float), minlength=len(papers))
-    return over_papers(sums, counts, resamples, seed, null)
+    return mean_over_papers(sums, counts, resamples, seed, null)
 
 
 def _raters(ratings: Sequence[Rating], items: Mapping[str, Mapping[str, str]], raters: list[str]) -> dict[str, Any]:
     table, _ = _table(ratings, raters)
     shared = table[~np.isnan(table).any(axis=1)] if len(raters) > 1 else table[:0]
-    found = {}
+    result = {}
     for i, rater in enumerate(raters):
         scores = [r["score"] for r in ratings if r["rater"] == rater]
-        found[rater] = {
+        result[rater] = {
             "items": sum(item["rater"] == rater for item in items.values()),
             "scored": len(scores),
             "mean": float(np.mean(scores)) if scores else None,
             "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
             "offset": float(shared[:, i].mean() - shared.mean()) if len(shared) else None,
         }
-    return found
+    return result
 
 
 def _table(ratings: Sequence[Rating], raters: list[str]) -> tuple[np.ndarray, list[tuple[str, str]]]:
@@ -179,19 +186,27 @@ def _agreement(ratings: Sequence[Rating], resamples: int, seed: int) -> dict[str
 
     if len(raters) < 2:
         nothing = {"value": None, "low": None, "high": None}
-        return {"items": 0, "papers": 0, "raters": len(raters)} | dict.fromkeys(
-            ("icc", "icc_without_others", "alpha"), nothing
-        )
+        coefficients = dict.fromkeys(AGREEMENT, nothing)
+        return {"items": 0, "papers": 0, "raters": len(raters)} | _named(coefficients)
     ours = [r for r in ratings if category(r["system"]) != OTHERS]
     all_scored = blocks(ratings, complete=True)
     return {
         "items": sum(map(len, all_scored)),
         "papers": len(all_scored),
         "raters": len(raters),
-        "icc": interval_over_papers(icc, all_scored, resamples, seed),
-        "icc_without_others": interval_over_papers(icc, blocks(ours, complete=True), resamples, seed),
-        "alpha": interval_over_papers(alpha, blocks(ratings, complete=False), resamples, seed),
+        **_named(
+            {
+                "icc": interval_over_papers(icc, all_scored, resamples, seed),
+                "icc_without_others": interval_over_papers(icc, blocks(ours, complete=True), resamples, seed),
+                "alpha": interval_over_papers(alpha, blocks(ratings, complete=False), resamples, seed),
+            }
+        ),
     }
+
+
+def _named(coefficients: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Each coefficient with its name and FeynTune's value, for who shows it."""
+    return {key: {**c, "name": AGREEMENT[key], "published": PUBLISHED[key]} for key, c in coefficients.items()}
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -226,10 +241,3 @@ def markdown(summary: dict[str, Any]) -> str:
         lines.append(f"| {words} | {ours} | {summary['published'][key]:.2f} |")
     lines += ["", *(f"- {key}: {text}" for key, text in summary["how"].items())]
     return "\n".join(lines) + "\n"
-
-
-AGREEMENT = {
-    "icc": "ICC(2,1)",
-    "icc_without_others": "ICC(2,1) without other models",
-    "alpha": "Krippendorff's alpha (interval)",
-}

@@ -35,7 +35,7 @@ LARGEST = 64 * 1024  # bytes of a form
 LONGEST = 4000  # characters of a comment
 
 
-class Book:
+class ScoreStore:
     """The sheets of a study with the scores given so far, kept in `scores/RATER.csv`.
 
     Raises:
@@ -51,15 +51,15 @@ class Book:
         self.sheets: dict[str, list[dict[str, Any]]] = {}
         for rater in self.about["raters"]:
             rows = [row for _, row in read_sheet(Path(study) / "sheets" / f"{rater}.csv")]
-            kept = self.folder / f"{rater}.csv"
+            path = self.folder / f"{rater}.csv"
             items = {row["item"]: {"rater": rater, "item": row["item"]} for row in rows}
-            given, problems = check([kept] if kept.is_file() else [], self.about["study"], items)
+            given, problems = check([path] if path.is_file() else [], self.about["study"], items)
             if problems:
                 raise UserError("Scores given earlier cannot be read:\n" + "\n".join(f"  {p}" for p in problems))
-            there = {g["item"]: g for g in given}
+            scored = {g["item"]: g for g in given}
             for row in rows:
-                row["score"] = there.get(row["item"], {}).get("score", "")
-                row["comment"] = there.get(row["item"], {}).get("comment") or ""
+                row["score"] = scored.get(row["item"], {}).get("score", "")
+                row["comment"] = scored.get(row["item"], {}).get("comment") or ""
             self.sheets[rater] = rows
         self.raters = self._links()
 
@@ -99,8 +99,8 @@ def _write(path: Path, text: str, mode: int) -> None:
     os.replace(tmp, path)
 
 
-def application(book: Book) -> FastAPI:
-    """The web application over `book`."""
+def application(store: ScoreStore) -> FastAPI:
+    """The web application over `store`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     here = Path(__file__).parent
     template = Environment(
@@ -113,18 +113,18 @@ def application(book: Book) -> FastAPI:
         return HTMLResponse(template.render(scale=SCALE, **everything), status)
 
     def rows_of(token: str) -> tuple[str, list[dict[str, Any]]]:
-        rater = book.raters.get(token)
+        rater = store.raters.get(token)
         if rater is None:
             raise HTTPException(404, "This link belongs to no rater of the study. Open the link you were given.")
-        return rater, book.sheets[rater]
+        return rater, store.sheets[rater]
 
     def text(token: str, number: int, problem: str | None = None) -> HTMLResponse:
         _, rows = rows_of(token)
         if not 1 <= number <= len(rows):
             raise HTTPException(404, f"There is no text {number}, only 1 to {len(rows)}.")
         row = rows[number - 1]
-        beginnings = list(dict.fromkeys(r["beginning"] for r in rows))
-        same = [r["item"] for r in rows if r["beginning"] == row["beginning"]]
+        prompts = list(dict.fromkeys(r["prompt"] for r in rows))
+        same = [r["item"] for r in rows if r["prompt"] == row["prompt"]]
         return page(
             422 if problem else 200,
             token=token,
@@ -132,11 +132,11 @@ def application(book: Book) -> FastAPI:
             number=number,
             total=len(rows),
             scored=sum(r["score"] != "" for r in rows),
-            paper=beginnings.index(row["beginning"]) + 1,
-            papers=len(beginnings),
+            paper=prompts.index(row["prompt"]) + 1,
+            papers=len(prompts),
             place=same.index(row["item"]) + 1,
             places=len(same),
-            rubric=book.about["rubric"],
+            rubric=store.about["rubric"],
             problem=problem,
             longest=LONGEST,
         )
@@ -153,7 +153,7 @@ def application(book: Book) -> FastAPI:
         return response
 
     @app.exception_handler(HTTPException)
-    async def said(request: Request, error: HTTPException) -> HTMLResponse:
+    async def error_page(request: Request, error: HTTPException) -> HTMLResponse:
         known = error.status_code == 404 and error.detail != "Not Found"
         return page(error.status_code, problem=error.detail if known else "There is nothing here.")
 
@@ -172,7 +172,7 @@ def application(book: Book) -> FastAPI:
     @app.get("/r/{token}")
     def start(token: str) -> Response:
         rater, _ = rows_of(token)
-        return RedirectResponse(f"/r/{token}/{book.open_after(rater, 0) or 'done'}", 303)
+        return RedirectResponse(f"/r/{token}/{store.open_after(rater, 0) or 'done'}", 303)
 
     @app.get("/r/{token}/done")
     def done(token: str) -> HTMLResponse:
@@ -195,8 +195,8 @@ def application(book: Book) -> FastAPI:
             return text(token, number, f"Nothing was saved: choose a score from {SCALE[0]} to {SCALE[1]}.")
         if len(comment) > LONGEST:
             return text(token, number, f"Nothing was saved: the comment is longer than {LONGEST} characters.")
-        book.save(rater, number, int(score), comment.strip())
-        return RedirectResponse(f"/r/{token}/{book.open_after(rater, number) or 'done'}", 303)
+        store.save(rater, number, int(score), comment.strip())
+        return RedirectResponse(f"/r/{token}/{store.open_after(rater, number) or 'done'}", 303)
 
     return app
 
@@ -210,14 +210,14 @@ def serve(study: str | Path, scores: str | Path, host: str, port: int, url: str 
     """
     import uvicorn
 
-    book = Book(study, scores)
+    store = ScoreStore(study, scores)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
         raise UserError(f"{host} port {port}: {e.strerror}: choose another --port or --host.") from e
     place = f"[{host}]" if ":" in host else host
-    for token, rater in book.raters.items():
+    for token, rater in store.raters.items():
         print(f"{rater}: {(url or f'http://{place}:{listening.getsockname()[1]}').rstrip('/')}/r/{token}", flush=True)
     # No access log: it would hold the links.
-    config = uvicorn.Config(application(book), log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(application(store), log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

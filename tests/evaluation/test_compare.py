@@ -73,7 +73,7 @@ def test_other_categories_go_into_the_transfer_matrix_and_not_into_the_verdict(c
     assert of["gr-qc"] != of["hep-th"]
 
 
-def test_the_verdict_names_the_best_and_whether_it_is_surely_ahead(tmp_path, evaluations, adapters, tiny_split):
+def test_the_verdict_names_the_best_variant(tmp_path, evaluations, adapters, tiny_split):
     ahead = better(evaluations[1], tmp_path / "ahead", 0.5)
     compare([evaluations[0], ahead, evaluations[2]], adapters, tiny_split, tmp_path / "out", config=QUICK)
     summary = summary_of(tmp_path / "out")
@@ -88,7 +88,7 @@ def test_worse_variants_give_no_best(tmp_path, evaluations, adapters, tiny_split
     worse = [better(e, tmp_path / e.name, 1.3) for e in evaluations[1:]]
     compare([evaluations[0], *worse], adapters, tiny_split, tmp_path / "out", config=QUICK)
     assert summary_of(tmp_path / "out")["verdict"]["best"] is None
-    assert "None of 2 variants is surely better" in (tmp_path / "out/report.html").read_text()
+    assert "None of 2 variants is significantly better" in (tmp_path / "out/report.html").read_text()
 
 
 def test_rows_are_joined_by_id_not_by_position(tmp_path, compared, evaluations, adapters, tiny_split):
@@ -139,7 +139,7 @@ def test_a_missing_base_a_repeated_variant_and_a_missing_adapter_are_refused(
 def test_the_same_comparison_again_is_found_and_another_is_not_overwritten(
     compared, evaluations, adapters, tiny_split, failure
 ):
-    again = {"failures": [failure], "config": QUICK, "places": {QKV: "branches/x/adapter"}}
+    again = {"failures": [failure], "config": QUICK, "adapter_uris": {QKV: "branches/x/adapter"}}
     assert compare(evaluations, adapters, tiny_split, compared, **again).digest == read_manifest(compared).digest
     with pytest.raises(UserError, match="comparison of something else"):
         compare(evaluations, adapters, tiny_split, compared, config=QUICK)
@@ -172,12 +172,12 @@ def test_comparing_needs_no_torch(compared, evaluations, adapters, tiny_split, t
 def test_abstract_mean_is_the_published_definition_computed_from_logits(compared, tiny_base, tiny_split):
     papers = pq.read_table(f"{tiny_split}/papers.parquet").to_pylist()
     texts = [p["abstract"] for p in papers if p["split"] == "test" and p["primary"] == "hep-th"]
-    found = summary_of(compared)["base"]["perplexity"]
+    result = summary_of(compared)["base"]["perplexity"]
     losses = [reference(tiny_base, None, text)[:2] for text in texts]
     expected = sum(math.exp(total / n) for n, total in losses) / len(losses)
-    assert found["abstract_mean"] == pytest.approx(expected, rel=1e-4)
+    assert result["abstract_mean"] == pytest.approx(expected, rel=1e-4)
     tokens = sum(n for n, _ in losses)
-    assert found["token"] == pytest.approx(math.exp(sum(total for _, total in losses) / tokens), rel=1e-4)
+    assert result["token"] == pytest.approx(math.exp(sum(total for _, total in losses) / tokens), rel=1e-4)
 
 
 def completions_of(evaluations, system):
@@ -187,15 +187,15 @@ def completions_of(evaluations, system):
 
 
 def test_measures_of_completions_are_paired_by_paper(compared, evaluations):
-    found = summary_of(compared)["completions"]
-    assert found["papers"] == {"test": 6}
+    result = summary_of(compared)["completions"]
+    assert result["papers"] == {"test": 6}
     for decoding in ("sampled", "greedy"):
-        for stop, before in (("plain", ""), ("fair", "fair_")):
+        for truncation, before in (("full", ""), ("truncated", "truncated_")):
             for measure in ("similarity", "similarity_with_prompt", "distinct_2", "overlap"):
-                base, mine = (completions_of(evaluations, s) for s in ("base", QKV))
-                pairs = [(base[k][before + measure], mine[k][before + measure]) for k in base if k[1] == decoding]
+                base, own = (completions_of(evaluations, s) for s in ("base", QKV))
+                pairs = [(base[k][before + measure], own[k][before + measure]) for k in base if k[1] == decoding]
                 pairs = [p for p in pairs if None not in p]
-                figure = found["figures"]["test"][decoding][stop][QKV][measure]
+                figure = result["figures"]["test"][decoding][truncation][QKV][measure]
                 expected = sum(b - a for a, b in pairs) / len(pairs)
                 if len(pairs) == 6:  # a text too short for a measure leaves its paper out
                     assert figure["delta"]["mean"] == pytest.approx(expected)
@@ -237,7 +237,7 @@ def test_completions_of_other_prompts_are_refused(tmp_path, evaluations, adapter
         compare([evaluations[0], other, evaluations[2]], adapters, tiny_split, tmp_path / "out", config=QUICK)
 
 
-def test_memorisation_reaches_the_gate(tmp_path, evaluations, adapters, tiny_split):
+def test_memorization_reaches_the_gate(tmp_path, evaluations, adapters, tiny_split):
     from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
 
     heart = changed_completions(
@@ -246,8 +246,8 @@ def test_memorisation_reaches_the_gate(tmp_path, evaluations, adapters, tiny_spl
     compare([evaluations[0], heart, evaluations[2]], adapters, tiny_split, tmp_path / "out", config=QUICK)
     summary = summary_of(tmp_path / "out")
     variant = summary["variants"][QKV]
-    assert variant["memorisation"] == 0.5  # the threshold is 6 words
-    assert summary["completions"]["memorisation"][QKV]["test"]["longest"] == 6
+    assert variant["memorization"] == 0.5  # the threshold is 6 words
+    assert summary["completions"]["memorization"][QKV]["test"]["longest"] == 6
     measured = Measured(
         test=summary["test"]["digest"],
         base=summary["base"]["digest"],
@@ -255,7 +255,7 @@ def test_memorisation_reaches_the_gate(tmp_path, evaluations, adapters, tiny_spl
         base_perplexity=Perplexity.model_validate(summary["base"]["perplexity"]),
         perplexity=Perplexity.model_validate(variant["perplexity"]),
         delta=Interval.model_validate(variant["delta"]),
-        memorization=variant["memorisation"],
+        memorization=variant["memorization"],
     )
     clauses = {c.clause: c for c in judge(measured, Policy(maximum_memorization=0.01)).clauses}
     assert not clauses["maximum_memorization"].passed
@@ -268,22 +268,22 @@ def test_similarity_by_different_models_is_not_compared(tmp_path, evaluations, a
     stats = {**manifest.stats, "completions": {**manifest.stats["completions"], "similarity": model}}
     other = changed_completions(evaluations[2], tmp_path / "other", lambda r: {}, stats)
     compare([*evaluations[:2], other], adapters, tiny_split, tmp_path / "out", config=QUICK)
-    found = summary_of(tmp_path / "out")["completions"]
-    assert "different models" in found["similarity"]["missing"]
-    assert "dddddddddddd" in found["similarity"]["missing"]
-    assert "similarity" not in found["figures"]["test"]["greedy"]["plain"][QKV]
-    assert "distinct_2" in found["figures"]["test"]["greedy"]["plain"][QKV]
+    result = summary_of(tmp_path / "out")["completions"]
+    assert "different models" in result["similarity"]["missing"]
+    assert "dddddddddddd" in result["similarity"]["missing"]
+    assert "similarity" not in result["figures"]["test"]["greedy"]["full"][QKV]
+    assert "distinct_2" in result["figures"]["test"]["greedy"]["full"][QKV]
 
 
 def test_completions_csv_holds_every_figure(compared):
     rows = list(csv.DictReader((compared / "completions.csv").open()))
-    found = summary_of(compared)["completions"]["figures"]["test"]
-    assert {(r["decoding"], r["stop"]) for r in rows} == {(d, s) for d in found for s in ("plain", "fair")}
+    result = summary_of(compared)["completions"]["figures"]["test"]
+    assert {(r["decoding"], r["truncation"]) for r in rows} == {(d, t) for d in result for t in ("full", "truncated")}
     for r in rows:
-        figure = found[r["decoding"]][r["stop"]][r["system"]][r["measure"]]
+        figure = result[r["decoding"]][r["truncation"]][r["system"]][r["measure"]]
         assert r["mean"] == ("" if figure["mean"] is None else str(figure["mean"]))
     table = {r["system"]: r for r in csv.DictReader((compared / "table.csv").open())}
-    assert float(table[QKV]["similarity"]) == found["sampled"]["plain"][QKV]["similarity"]["mean"]
+    assert float(table[QKV]["similarity"]) == result["sampled"]["full"][QKV]["similarity"]["mean"]
     assert table["base"]["similarity_delta"] == ""
 
 
@@ -305,7 +305,7 @@ def test_variants_of_equal_tokens_are_compared_among_themselves(tmp_path, compar
     assert '{"train": {"max_steps": 3}}' in page
 
 
-def test_agreements_with_the_true_rest():
+def test_agreements_with_the_reference():
     from feyntune.evaluation.completion_stats import agreements
 
     parts = agreements("we find that the brane is stable", "it follows that the brane is not")

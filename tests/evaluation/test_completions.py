@@ -34,7 +34,7 @@ COLUMNS = {
     "completion": "string",
     "stop_reason": "string",
     "n_tokens": "int64",
-    "fair": "string",
+    "truncated": "string",
 }
 
 
@@ -98,7 +98,9 @@ def test_greedy_completions_from_the_mixed_batch_are_those_of_generate_alone(com
 
 
 def test_a_seed_gives_the_same_samples_in_any_company(tmp_path, completed, split, tiny_base, adapters):
-    alone = config(holdout_papers=3, decodings=["sampled"], requests=2).model_copy(update={"include_base": False})
+    alone = config(holdout_papers=3, decodings=["sampled"], max_concurrent_requests=2).model_copy(
+        update={"include_base": False}
+    )
     evaluate(split, tiny_base, {ALL: adapters[ALL]}, tmp_path / "alone", alone)
     text = lambda rows: [r["completion"] for r in rows if r["decoding"] == "sampled"]
     assert text(rows_of(tmp_path / "alone", ALL)) == text(rows_of(completed, ALL))
@@ -117,25 +119,25 @@ def test_a_prompt_begins_as_in_training_and_does_not_end(tiny_base):
         room.prompt_tokens(tokenizer, f"The soup needs{tokenizer.eos_token}")
 
 
-def test_the_fair_part_ends_at_a_blank_line_or_at_the_length_of_the_true_rest(tiny_base):
+def test_the_truncated_part_ends_at_a_blank_line_or_at_the_length_of_the_reference(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     ids = lambda text: tokenizer.encode(text, add_special_tokens=False)
     long = " The soup hides a good smell. The soup"
-    assert room.fair_part(tokenizer, ids(long), 4) == (tokenizer.decode(ids(long)[:4]), "reference length")
-    assert room.fair_part(tokenizer, ids(long), len(ids(long))) == (long, None)
-    assert room.fair_part(tokenizer, ids(f"{long}\n \nReferences"), 99) == (long, "blank line")
-    assert room.fair_part(tokenizer, ids(f"\n\n{long}"), 99)[0] == f"\n\n{long}"  # nothing stands before it
-    assert room.fair_part(tokenizer, [], 9) == ("", None)
+    assert room.truncate(tokenizer, ids(long), 4) == (tokenizer.decode(ids(long)[:4]), "reference length")
+    assert room.truncate(tokenizer, ids(long), len(ids(long))) == (long, None)
+    assert room.truncate(tokenizer, ids(f"{long}\n \nReferences"), 99) == (long, "blank line")
+    assert room.truncate(tokenizer, ids(f"\n\n{long}"), 99)[0] == f"\n\n{long}"  # nothing stands before it
+    assert room.truncate(tokenizer, [], 9) == ("", None)
 
 
-def test_fair_completions_are_no_longer_than_the_true_rest(completed, tiny_base):
+def test_truncated_completions_are_no_longer_than_the_reference(completed, tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     stops = set()
     for system in SYSTEMS:
         for r in rows_of(completed, system):
-            assert r["completion"].startswith(r["fair"])
-            assert r["fair_tokens"] <= len(tokenizer.encode(f" {r['reference']}", add_special_tokens=False))
-            stops.add(r["fair_stop"])
+            assert r["completion"].startswith(r["truncated"])
+            assert r["truncated_tokens"] <= len(tokenizer.encode(f" {r['reference']}", add_special_tokens=False))
+            stops.add(r["truncated_by"])
     assert {"reference length", "eos"} <= stops
 
 
@@ -150,7 +152,7 @@ def test_measures_are_those_of_the_texts(completed, split):
     papers = pq.read_table(split / "papers.parquet").to_pylist()
     abstracts = {p["id"]: p["abstract"] for p in papers}
     row = next(r for r in rows_of(completed, QKV) if r["completion"].strip())
-    for stop, text in (("", row["completion"]), ("fair_", row["fair"])):
+    for stop, text in (("", row["completion"]), ("truncated_", row["truncated"])):
         alone = cosine(embed(text.strip()), embed(row["reference"]))
         both = cosine(embed(row["prompt"] + text), embed(abstracts[row["id"]]))
         assert row[f"{stop}similarity"] == pytest.approx(alone, abs=1e-4)
@@ -166,12 +168,12 @@ def test_overlap_is_with_what_each_system_was_trained_on(completed, split, tiny_
     row = rows_of(completed, QKV)[0]
     made = pq.read_table(completed / "completions" / f"{slug(QKV)}.parquet").select(room.MADE.names).slice(0, 1)
     copied = " ".join(train[0].split()[1:])
-    made = pa.Table.from_pylist([row | {"completion": f" {copied}", "fair": " x"}], room.MADE)
+    made = pa.Table.from_pylist([row | {"completion": f" {copied}", "truncated": " x"}], room.MADE)
     other = FEW.model_copy(update={"similarity": None})
-    for mixture, found in (("hep-th", len(copied.split())), ("hep-ph+gr-qc", None)):
+    for mixture, result in (("hep-th", len(copied.split())), ("hep-ph+gr-qc", None)):
         tables, _ = room.measure({QKV: made}, split, {QKV: mixture}, other)
         overlap = tables[QKV]["overlap"].to_pylist()[0]
-        assert overlap == found if found else overlap < len(copied.split())
+        assert overlap == result if result else overlap < len(copied.split())
     with pytest.raises(UserError, match="no training papers of mixture q-bio"):
         room.measure({QKV: made}, split, {QKV: "q-bio"}, other)
 
@@ -207,10 +209,10 @@ def test_a_killed_evaluation_goes_on_with_its_completions(tmp_path, split, tiny_
         evaluate(split, tiny_base, adapters, tmp_path / "evaluation", config(holdout_papers=3))
     monkeypatch.undo()
     monkeypatch.setattr(room, "SHARD", 4)
-    kept = len(list(tmp_path.glob(".completions-*/*.parquet")))
-    assert 0 < kept < 18
+    stored = len(list(tmp_path.glob(".completions-*/*.parquet")))
+    assert 0 < stored < 18
     manifest = evaluate(split, tiny_base, adapters, tmp_path / "evaluation", config(holdout_papers=3))
-    assert manifest.stats["completions"]["shards_resumed"] == kept
+    assert manifest.stats["completions"]["shards_resumed"] == stored
     assert manifest.digest == read_manifest(completed).digest
     assert [p.name for p in tmp_path.iterdir()] == ["evaluation"]
 

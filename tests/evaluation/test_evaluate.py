@@ -59,8 +59,8 @@ def test_scores_agree_with_logits_of_one_document_at_a_time(scored, tiny_base, t
     for row in rows[::4]:
         n, text, eos, entropy = reference(tiny_base, adapters.get(system), papers[row["id"]]["abstract"])
         assert row["n_tokens"] == n
-        found = [row["nll_text"], row["nll_eos"], row["entropy_sum"]]
-        np.testing.assert_allclose(found, [text, eos, entropy], rtol=1e-4)
+        result = [row["nll_text"], row["nll_eos"], row["entropy_sum"]]
+        np.testing.assert_allclose(result, [text, eos, entropy], rtol=1e-4)
 
 
 def test_scores_do_not_depend_on_batches_shards_or_company(

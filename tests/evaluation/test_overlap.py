@@ -14,8 +14,8 @@ def by_definition(text, others):
     for n in range(len(words), 0, -1):
         runs = {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
         for other in others:
-            theirs = other.split()
-            if any(tuple(theirs[i : i + n]) in runs for i in range(len(theirs) - n + 1)):
+            other = other.split()
+            if any(tuple(other[i : i + n]) in runs for i in range(len(other) - n + 1)):
                 return n
     return 0
 
@@ -26,8 +26,8 @@ few_words = st.lists(st.sampled_from(["a", "b", "c", "A", "$x$"]), max_size=40).
 @given(st.lists(few_words, min_size=1, max_size=4), st.lists(few_words, min_size=1, max_size=4))
 @settings(max_examples=200, deadline=None)
 def test_it_is_the_longest_run_by_definition(texts, others):
-    found = longest_overlaps(texts, pa.chunked_array([others]))
-    assert found.tolist() == [by_definition(t, others) for t in texts]
+    result = longest_overlaps(texts, pa.chunked_array([others]))
+    assert result.tolist() == [by_definition(t, others) for t in texts]
 
 
 def test_long_runs_are_measured_whole_and_end_with_the_abstract(monkeypatch):
@@ -38,9 +38,9 @@ def test_long_runs_are_measured_whole_and_end_with_the_abstract(monkeypatch):
     copied = others[41].split()[20:75]
     across = [*others[3].split()[-9:], *others[4].split()[:9]]  # no abstract holds both halves
     texts = [" ".join(["x1", *copied, "x2"]), " ".join(across), "x3 x4", others[59]]
-    found = longest_overlaps(texts, pa.chunked_array([others[:30], others[30:]]))
-    assert found.tolist() == [55, by_definition(texts[1], others), 0, 90]
-    assert found[1] < 18
+    result = longest_overlaps(texts, pa.chunked_array([others[:30], others[30:]]))
+    assert result.tolist() == [55, by_definition(texts[1], others), 0, 90]
+    assert result[1] < 18
 
 
 def test_case_and_punctuation_count():

@@ -24,20 +24,20 @@ def test_figures_of_a_fixed_text_stay_what_they_were():
 
 
 def test_what_says_the_same_word_again_and_again_has_no_entropy():
-    found = repetition("brane " * 50)
-    assert (found["entropy_1"], found["entropy_2"]) == pytest.approx((0, 0), abs=1e-12)
-    assert found["distinct_1"] == 1 / 50
-    assert found["repeated_4"] == 1 - 1 / 47
-    assert found["compression"] > 10
+    result = repetition("brane " * 50)
+    assert (result["entropy_1"], result["entropy_2"]) == pytest.approx((0, 0), abs=1e-12)
+    assert result["distinct_1"] == 1 / 50
+    assert result["repeated_4"] == 1 - 1 / 47
+    assert result["compression"] > 10
 
 
 @given(st.lists(st.integers(0, 30), min_size=4, max_size=60))
 def test_bounds_by_definition(numbers):
-    found = repetition(" ".join(f"w{n}" for n in numbers))
-    assert 0 <= found["repeated_4"] < 1
-    assert found["distinct_1"] == len(set(numbers)) / len(numbers)
-    assert 0 <= found["entropy_1"] <= math.log2(len(set(numbers))) + 1e-9
-    assert found["entropy_1"] <= found["entropy_2"] + math.log2(len(numbers)) - math.log2(len(numbers) - 1) + 1e-9
+    result = repetition(" ".join(f"w{n}" for n in numbers))
+    assert 0 <= result["repeated_4"] < 1
+    assert result["distinct_1"] == len(set(numbers)) / len(numbers)
+    assert 0 <= result["entropy_1"] <= math.log2(len(set(numbers))) + 1e-9
+    assert result["entropy_1"] <= result["entropy_2"] + math.log2(len(numbers)) - math.log2(len(numbers) - 1) + 1e-9
 
 
 def test_too_little_text_has_no_figure_rather_than_a_wrong_one():

@@ -36,10 +36,10 @@ def test_the_page_shows_every_system_its_interval_and_every_failure(compared):
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-2, 1e6))
 def test_ticks_lie_inside_evenly_and_are_few(low, width):
-    found = ticks(low, low + width)
+    result = ticks(low, low + width)
     if low + width > low:
-        assert 2 <= len(found) <= 12
-        assert all(low - 1e-6 * width <= t <= low + width + 1e-6 * width for t in found)
+        assert 2 <= len(result) <= 12
+        assert all(low - 1e-6 * width <= t <= low + width + 1e-6 * width for t in result)
 
 
 # The page as it is, and as the Kubeflow UI shows it: in an iframe by srcdoc.
@@ -78,18 +78,18 @@ def test_in_a_browser_everything_is_visible_and_nothing_is_fetched(tmp_path, com
     browser.get(shown.as_uri())
     if framed:
         browser.switch_to.frame("page")
-    found = browser.execute_script(SEEN)
-    assert found["width"] == width
-    assert found["scroll"] <= width
-    assert found["outside"] == []
-    assert found["sections"] == SECTIONS
-    assert found["forest"] == [True, True]
-    assert found["curves"] == [True, True]
-    assert len(found["tables"]) == 9
-    assert all(found["tables"])
-    assert found["marks"]
-    assert set(found["marks"]) == {"underline 600"}  # not by colour alone
-    assert (found["unnamed"], found["headless"]) == (0, 0)
+    result = browser.execute_script(SEEN)
+    assert result["width"] == width
+    assert result["scroll"] <= width
+    assert result["outside"] == []
+    assert result["sections"] == SECTIONS
+    assert result["forest"] == [True, True]
+    assert result["curves"] == [True, True]
+    assert len(result["tables"]) == 9
+    assert all(result["tables"])
+    assert result["marks"]
+    assert set(result["marks"]) == {"underline 600"}  # not by colour alone
+    assert (result["unnamed"], result["headless"]) == (0, 0)
     assert browser.get_log("browser") == []
     asked = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     urls = {m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"}
@@ -107,7 +107,7 @@ SECTIONS = [
     "At equal compute",
     "Learning curves",
     "Completions",
-    "Memorisation",
+    "Memorization",
     "Completions side by side",
     "Corpus and audit",
     "How to reproduce",
@@ -116,16 +116,16 @@ SECTIONS = [
 
 def test_the_page_says_what_the_completions_are_and_shows_some(compared):
     page = (compared / "report.html").read_text()
-    found = json.loads((compared / "summary.json").read_text())["completions"]
-    assert len(found["examples"]) == 3
-    for example in found["examples"]:
+    result = json.loads((compared / "summary.json").read_text())["completions"]
+    assert len(result["examples"]) == 3
+    for example in result["examples"]:
         assert html.escape(example["reference"], quote=False) in html.unescape(page).replace("&#39;", "'")
         assert example["systems"][0]["system"] == "base"
-    assert found["similarity"]["digest"][:12] in page
+    assert result["similarity"]["digest"][:12] in page
     for published in ("0.88", "0.90", "9.83", "11.20"):
         assert published in page
     assert "one sample, seed 42" in page
-    assert "the true rest" in page
+    assert "the reference continuation" in page
 
 
 def test_a_page_without_completions_or_similarity_says_so(tmp_path, compared, evaluations, adapters, tiny_split):
@@ -156,8 +156,8 @@ def test_an_oai_corpus_is_named_by_its_address_and_prefix(tmp_path):
         tmp_path / "corpus", "corpus", config={"source": "oai-arXiv", "until": None, "categories": None}
     ) as folder:
         folder.stats["given"] = "https://oai.example/oai"
-    said = _ingest_command(read_manifest(tmp_path / "corpus"))
-    assert said == "feyntune ingest oai:https://oai.example/oai --out corpus --prefix arXiv --converted-text"
+    sentences = _ingest_command(read_manifest(tmp_path / "corpus"))
+    assert sentences == "feyntune ingest oai:https://oai.example/oai --out corpus --prefix arXiv --converted-text"
 
 
 def test_a_training_without_validation_papers_has_a_curve_all_the_same():

@@ -31,11 +31,11 @@ def random_scores(n, seed, shift=0.0):
 
 def test_both_definitions_of_perplexity_on_a_hand_made_pair():
     two = scores([10 * math.log(2), 30 * math.log(8)], [10, 30], eos=[math.log(2), math.log(8)])
-    found = statistics.perplexity(two)
-    assert found["abstract_mean"] == pytest.approx((2 + 8) / 2)
-    assert found["token"] == pytest.approx(2 ** ((10 * 1 + 30 * 3) / 40))
-    assert found["median"] == pytest.approx(5)
-    assert found["abstract_mean_with_eos"] == pytest.approx(5)  # EOS as likely as the other tokens changes nothing
+    result = statistics.perplexity(two)
+    assert result["abstract_mean"] == pytest.approx((2 + 8) / 2)
+    assert result["token"] == pytest.approx(2 ** ((10 * 1 + 30 * 3) / 40))
+    assert result["median"] == pytest.approx(5)
+    assert result["abstract_mean_with_eos"] == pytest.approx(5)  # EOS as likely as the other tokens changes nothing
     assert statistics.bits_per_byte(two) == pytest.approx(100 / 160)
     assert statistics.entropy(two) == pytest.approx(100 * math.log(2) / 40)
 
@@ -51,30 +51,30 @@ def test_an_unexpected_end_of_text_shows_only_in_the_figures_with_eos():
 
 def test_the_interval_is_scipys_paired_bootstrap_of_the_differences():
     base, variant = random_scores(60, 1), random_scores(60, 2, shift=-0.1)
-    found = statistics.paired_bootstrap(base, {"v": variant}, resamples=999, seed=7)["v"]
+    result = statistics.paired_bootstrap(base, {"v": variant}, resamples=999, seed=7)["v"]
     difference = statistics.per_abstract(variant) - statistics.per_abstract(base)
     expected = bootstrap(
         (difference,), np.mean, n_resamples=999, method="percentile", rng=np.random.default_rng(7)
     ).confidence_interval
-    assert found["delta"]["mean"] == pytest.approx(difference.mean())
-    assert found["delta"]["low"] == pytest.approx(expected.low, rel=0.05)
-    assert found["delta"]["high"] == pytest.approx(expected.high, rel=0.05)
+    assert result["delta"]["mean"] == pytest.approx(difference.mean())
+    assert result["delta"]["low"] == pytest.approx(expected.low, rel=0.05)
+    assert result["delta"]["high"] == pytest.approx(expected.high, rel=0.05)
 
 
 def test_token_weighted_difference_is_that_of_the_token_weighted_perplexities():
     base, variant = random_scores(50, 1), random_scores(50, 2, shift=-0.3)
-    found = statistics.paired_bootstrap(base, {"v": variant}, resamples=999)["v"]
+    result = statistics.paired_bootstrap(base, {"v": variant}, resamples=999)["v"]
     expected = statistics.perplexity(variant)["token"] - statistics.perplexity(base)["token"]
-    assert found["token_delta"]["mean"] == pytest.approx(expected)
-    assert found["token_delta"]["low"] < expected < found["token_delta"]["high"]
-    assert found["nll_delta"]["high"] < 0
+    assert result["token_delta"]["mean"] == pytest.approx(expected)
+    assert result["token_delta"]["low"] < expected < result["token_delta"]["high"]
+    assert result["nll_delta"]["high"] < 0
 
 
 def test_a_variant_like_the_base_is_never_better():
     base = random_scores(40, 1)
-    found = statistics.paired_bootstrap(base, {"same": base}, resamples=199)["same"]
-    assert found["delta"] == {"mean": 0, "low": 0, "high": 0}
-    assert (found["p"], found["p_holm"], found["effect"], found["share_better"]) == (1, 1, 0, 0)
+    result = statistics.paired_bootstrap(base, {"same": base}, resamples=199)["same"]
+    assert result["delta"] == {"mean": 0, "low": 0, "high": 0}
+    assert (result["p"], result["p_holm"], result["effect"], result["share_better"]) == (1, 1, 0, 0)
 
 
 def test_noise_alone_is_rarely_called_better():
@@ -89,11 +89,11 @@ def test_noise_alone_is_rarely_called_better():
 def test_pairing_finds_what_marginal_intervals_cannot():
     base = random_scores(100, 1)
     variant = base | {"nll_text": base["nll_text"] - 0.01 * base["n_tokens"]}
-    found = statistics.paired_bootstrap(base, {"v": variant}, resamples=499)["v"]
+    result = statistics.paired_bootstrap(base, {"v": variant}, resamples=499)["v"]
     spread = statistics.per_abstract(base).std() / math.sqrt(100)
-    assert abs(found["delta"]["mean"]) < spread  # hidden between abstracts
-    assert found["delta"]["high"] < 0
-    assert found["share_better"] == 1
+    assert abs(result["delta"]["mean"]) < spread  # hidden between abstracts
+    assert result["delta"]["high"] < 0
+    assert result["share_better"] == 1
 
 
 def test_the_same_seed_gives_the_same_interval_whatever_the_company():
@@ -137,7 +137,7 @@ def test_figures_of_a_fixed_sample_stay_what_they_were():
     tokens = 20 + np.arange(200) % 37
     base = scores(tokens * (2.4 + 0.3 * np.sin(np.arange(200))), tokens)
     variant = scores(tokens * (2.3 + 0.3 * np.sin(np.arange(200) + 0.1)), tokens)
-    found = statistics.paired_bootstrap(base, {"v": variant}, resamples=999, seed=1)["v"]
+    result = statistics.paired_bootstrap(base, {"v": variant}, resamples=999, seed=1)["v"]
     figures = [statistics.perplexity(base)[k] for k in ("abstract_mean", "token", "median")]
-    figures += [found["delta"][k] for k in ("mean", "low", "high")] + [found["effect"]]
+    figures += [result["delta"][k] for k in ("mean", "low", "high")] + [result["effect"]]
     assert figures == pytest.approx(FROZEN, rel=1e-9)

@@ -40,13 +40,13 @@ def questions(count):
 
 
 def texts(answers):
-    return [a.text if a else None for a in answers.found]
+    return [a.text if a else None for a in answers.answers]
 
 
 def test_answers_come_in_the_order_of_the_questions_and_several_at_once(server, tmp_path):
     server.before_answer = lambda number: time.sleep(0.05 * (number % 3))
-    found = ask(endpoint(server, at_once=4), questions(20), tmp_path)
-    assert texts(found) == [f"echo word {i}" for i in range(20)]
+    result = ask(endpoint(server, at_once=4), questions(20), tmp_path)
+    assert texts(result) == [f"echo word {i}" for i in range(20)]
     assert 1 < server.most_at_once <= 4
 
 
@@ -67,8 +67,8 @@ def test_what_is_sent_is_what_is_configured(server, tmp_path, monkeypatch):
     assert "temperature" not in server.requests[-1]
     assert server.requests[-1]["max_completion_tokens"] == 5
     server.answer = lambda body: body["prompt"] + " and on"
-    found = ask(endpoint(server, key_env="MODEL_KEY", api="completions"), questions(1), tmp_path)
-    assert texts(found) == ["word 0 and on"]
+    result = ask(endpoint(server, key_env="MODEL_KEY", api="completions"), questions(1), tmp_path)
+    assert texts(result) == ["word 0 and on"]
     assert "messages" not in server.requests[-1]
 
 
@@ -83,10 +83,10 @@ def test_nothing_is_asked_twice(server, tmp_path):
 
 
 def test_the_same_question_twice_is_one_purchase(server, tmp_path):
-    found = ask(endpoint(server), questions(2) * 3, tmp_path)
-    assert texts(found) == ["echo word 0", "echo word 1"] * 3
+    result = ask(endpoint(server), questions(2) * 3, tmp_path)
+    assert texts(result) == ["echo word 0", "echo word 1"] * 3
     assert server.answered == 2
-    assert found.stats()["cost"] == pytest.approx(found.spent)
+    assert result.stats()["cost"] == pytest.approx(result.spent)
 
 
 def test_a_torn_last_line_is_asked_again_and_a_damaged_journal_is_refused(server, tmp_path):
@@ -119,23 +119,25 @@ def test_two_runs_cannot_pay_for_the_same_at_once(server, tmp_path):
 @pytest.mark.parametrize("fault", ["429", "500", "cut", "stall"])
 def test_a_passing_fault_is_met_by_asking_again(server, tmp_path, fault):
     server.faults = {2: fault}
-    found = ask(endpoint(server, timeout=0.5 if fault == "stall" else 10), questions(3), tmp_path)
-    assert texts(found) == ["echo word 0", "echo word 1", "echo word 2"]
+    result = ask(endpoint(server, timeout=0.5 if fault == "stall" else 10), questions(3), tmp_path)
+    assert texts(result) == ["echo word 0", "echo word 1", "echo word 2"]
     assert len(server.requests) == 4
-    assert found.stats()["repeated_requests"] == 1
+    assert result.stats()["repeated_requests"] == 1
     if fault == "429":
         assert server.times[2] - server.times[1] >= server.retry_after  # the client's own pause is shorter
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("malformed", "JSON"), ("empty", "no choices"), ("400", "content was filtered")]
+    ("fault", "message"), [("malformed", "JSON"), ("empty", "no choices"), ("400", "content was filtered")]
 )
-def test_a_question_without_an_answer_is_named_counted_and_asked_again_by_the_next_run(server, tmp_path, fault, said):
+def test_a_question_without_an_answer_is_named_counted_and_asked_again_by_the_next_run(
+    server, tmp_path, fault, message
+):
     server.faults = {2: fault}
-    found = ask(endpoint(server, retries=0), questions(3), tmp_path)
-    assert texts(found) == ["echo word 0", None, "echo word 2"]
-    assert said in found.failures[1]
-    assert found.stats()["failed"] == 1
+    result = ask(endpoint(server, retries=0), questions(3), tmp_path)
+    assert texts(result) == ["echo word 0", None, "echo word 2"]
+    assert message in result.failures[1]
+    assert result.stats()["failed"] == 1
     assert texts(ask(endpoint(server), questions(3), tmp_path))[1] == "echo word 1"
     assert len(server.requests) == 4
 
@@ -158,11 +160,11 @@ def test_an_unknown_model_is_said_at_once(server, tmp_path):
 
 
 def test_the_cost_is_that_of_the_tokens(server, tmp_path):
-    found = ask(endpoint(server), questions(4), tmp_path)
-    stats = found.stats()
+    result = ask(endpoint(server), questions(4), tmp_path)
+    stats = result.stats()
     assert (stats["tokens_in"], stats["tokens_out"]) == (4 * 2, 4 * 3)  # the server counts words
     assert stats["cost"] == pytest.approx((8 * 1 + 12 * 10) / 1e6)
-    assert found.spent == pytest.approx(stats["cost"])
+    assert result.spent == pytest.approx(stats["cost"])
 
 
 def test_an_answer_without_counts_costs_the_most_it_can(server, tmp_path):
@@ -177,17 +179,17 @@ def test_an_answer_without_counts_costs_the_most_it_can(server, tmp_path):
 def test_the_cap_is_never_passed_and_what_there_is_is_given(server, tmp_path, at_once):
     server.answer = lambda body: "word " * 100  # exactly as long as it may be
     capped = endpoint(server, max_tokens=100, cap=0.0105, at_once=at_once)
-    found = ask(capped, questions(50), tmp_path)
-    assert 0.008 < found.spent <= 0.0105
-    assert found.stopped
-    assert "before the cap of 0.0105" in found.stopped
-    assert found.found.count(None) == 50 - found.bought
-    assert not found.failures
+    result = ask(capped, questions(50), tmp_path)
+    assert 0.008 < result.spent <= 0.0105
+    assert result.stopped
+    assert "before the cap of 0.0105" in result.stopped
+    assert result.result.count(None) == 50 - result.bought
+    assert not result.failures
     again = ask(capped, questions(50), tmp_path)  # the cap holds for all runs together
     assert again.bought == 0
-    assert server.answered == found.bought
+    assert server.answered == result.bought
     more = ask(endpoint(server, max_tokens=100, cap=1), questions(50), tmp_path)
-    assert None not in more.found
+    assert None not in more.result
     assert server.answered == 50
 
 
@@ -227,12 +229,12 @@ def test_a_killed_run_goes_on_and_pays_nothing_twice(server, tmp_path, how):
     if how == signal.SIGKILL:
         process.wait()
     go.set()
-    said = process.communicate()[0]
-    kept = len(journal.read_bytes().splitlines())
+    message = process.communicate()[0]
+    stored = len(journal.read_bytes().splitlines())
     if how != signal.SIGKILL:  # what was in flight was waited for
         assert process.returncode == 75
-        assert kept == server.answered == 8
-        assert f"{kept} answers" in said
+        assert stored == server.answered == 8
+        assert f"{stored} answers" in message
     server.before_answer = None
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "12\n"
@@ -251,9 +253,9 @@ def test_the_key_is_nowhere_but_in_the_request(server, tmp_path, monkeypatch, ca
     ask(keyed, questions(3), out)
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
     server.faults = {4: "401"}  # answers with the key in its message
-    with pytest.raises(UserError, match=r"Incorrect API key provided: \*\*\*") as told:
+    with pytest.raises(UserError, match=r"Incorrect API key provided: \*\*\*") as given:
         ask(keyed, questions(4), out)
-    assert KEY not in str(told.value)
+    assert KEY not in str(given.value)
     assert KEY not in "".join(capfd.readouterr())
     assert KEY not in json.dumps(keyed.public())
     for path in out.rglob("*"):
@@ -273,19 +275,19 @@ GOOD = """
 
 
 def test_a_file_of_endpoints(tmp_path, monkeypatch):
-    found = load_endpoints(write(tmp_path / "e.yaml", GOOD))
-    assert list(found) == ["judge", "other"]
-    assert found["judge"].base_url == "https://api.example/v1"
-    assert found["other"].key() is None
+    result = load_endpoints(write(tmp_path / "e.yaml", GOOD))
+    assert list(result) == ["judge", "other"]
+    assert result["judge"].base_url == "https://api.example/v1"
+    assert result["other"].key() is None
     monkeypatch.delenv("K", raising=False)
     with pytest.raises(UserError, match="K is not in the environment"):
-        found["judge"].key()
+        result["judge"].key()
     monkeypatch.setenv("K", " abc\n")
-    assert found["judge"].key() == "abc"
+    assert result["judge"].key() == "abc"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("key_env: K", "key: sk-secret-1"), "endpoints.0.key: Extra inputs are not permitted"),
         (("api.example/v1/", "me:sk-secret-1@api.example/v1"), "must hold no key"),
@@ -298,7 +300,7 @@ def test_a_file_of_endpoints(tmp_path, monkeypatch):
         (("https://", "ftp://"), "http"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused_with_the_field_and_without_its_value(tmp_path, change, said):
-    with pytest.raises(UserError, match=said) as told:
+def test_a_file_that_is_wrong_is_refused_with_the_field_and_without_its_value(tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as given:
         load_endpoints(write(tmp_path / "e.yaml", GOOD.replace(*change)))
-    assert "sk-secret-1" not in str(told.value)
+    assert "sk-secret-1" not in str(given.value)

@@ -8,7 +8,7 @@ from feyntune.artifacts.artifact import open_artifact
 from feyntune.artifacts.completions import Choice, gather
 from feyntune.errors import UserError
 from feyntune.judging.endpoints import Endpoint
-from feyntune.judging.external import AskConfig, ask, fair_stop
+from feyntune.judging.external import AskConfig, ask, truncate
 from feyntune.judging.judges import JudgeConfig, Verdict, judge, parse
 from tests.servers.openai import OpenAI
 from tests.study.factories import ALL, QKV, SEEDS, completion_rows, make_evaluation
@@ -44,7 +44,7 @@ def server():
 @pytest.fixture
 def folders(tmp_path):
     one = make_evaluation(tmp_path / "base", {"base": lambda n: f"poor {n}"})
-    mixed = lambda n: f"{'fair' if n % 2 else 'poor'} tries {n}"
+    mixed = lambda n: f"{'truncated' if n % 2 else 'poor'} tries {n}"
     return [one, make_evaluation(tmp_path / "both", {QKV: mixed, ALL: lambda n: f"good {n}"})]
 
 
@@ -54,16 +54,16 @@ def summary_of(folder):
 
 def test_win_rates_count_both_orders_and_ties(server, folders, tmp_path):
     judge(folders, endpoint(server), tmp_path / "out", QUICK)
-    found = {d["system"]: d for d in summary_of(tmp_path / "out")["duels"]}
+    result = {d["system"]: d for d in summary_of(tmp_path / "out")["duels"]}
     papers = gather(folders, QUICK.choice).first(8)
     odd = sum(int(p[-3:]) % 2 == 0 for p in papers)  # hep-th/9901001 is number 0
-    assert (found[ALL]["wins"], found[ALL]["ties"], found[ALL]["losses"]) == (8, 0, 0)
-    assert (found[QKV]["wins"], found[QKV]["ties"], found[QKV]["losses"]) == (odd, 8 - odd, 0)
-    assert found[ALL]["win_rate"]["mean"] == 1
-    assert found[ALL]["win_rate"]["p_holm"] == pytest.approx(2 * 2 / 2**8)  # of two systems
-    assert found[QKV]["win_rate"]["mean"] == pytest.approx((odd + (8 - odd) / 2) / 8)
-    assert found[QKV]["win_rate"]["low"] < found[QKV]["win_rate"]["mean"] < found[QKV]["win_rate"]["high"]
-    assert (found[ALL]["score"], found[ALL]["score_difference"]["mean"], found[ALL]["flipped"]) == (8, 5, 0)
+    assert (result[ALL]["wins"], result[ALL]["ties"], result[ALL]["losses"]) == (8, 0, 0)
+    assert (result[QKV]["wins"], result[QKV]["ties"], result[QKV]["losses"]) == (odd, 8 - odd, 0)
+    assert result[ALL]["win_rate"]["mean"] == 1
+    assert result[ALL]["win_rate"]["p_holm"] == pytest.approx(2 * 2 / 2**8)  # of two systems
+    assert result[QKV]["win_rate"]["mean"] == pytest.approx((odd + (8 - odd) / 2) / 8)
+    assert result[QKV]["win_rate"]["low"] < result[QKV]["win_rate"]["mean"] < result[QKV]["win_rate"]["high"]
+    assert (result[ALL]["score"], result[ALL]["score_difference"]["mean"], result[ALL]["flipped"]) == (8, 5, 0)
     position = summary_of(tmp_path / "out")["position"]
     assert position["first"] == position["second"]
     assert position["share_first"]["mean"] == 0.5
@@ -85,19 +85,19 @@ def test_the_judge_sees_texts_in_both_orders_and_no_name(server, folders, tmp_pa
     given = gather(folders, QUICK.choice)
     asked = [body["messages"][-1]["content"] for body in server.requests]
     assert len(asked) == 2 * 2 * 8
-    for word in ("base", "lora", "qkv", "hep-th", "9901", "true rest"):
+    for word in ("base", "lora", "qkv", "hep-th", "9901", "reference continuation"):
         assert not any(word in text for text in asked)
     pairs = [tuple(shown(body)) for body in server.requests]
     for paper in given.first(8):
         texts = [given.texts[s][paper].strip() for s in (ALL, "base")]
         assert pairs.count(tuple(texts)) == pairs.count(tuple(reversed(texts))) == 1
-    told = server.requests[0]["messages"][0]["content"]
-    assert told == (tmp_path / "out" / "rubric.txt").read_text().strip()
+    given = server.requests[0]["messages"][0]["content"]
+    assert given == (tmp_path / "out" / "rubric.txt").read_text().strip()
 
 
-def test_the_published_rest_is_shown_when_asked_for(server, folders, tmp_path):
+def test_the_published_continuation_is_shown_when_asked_for(server, folders, tmp_path):
     judge(folders, endpoint(server), tmp_path / "out", QUICK.model_copy(update={"show_reference": True}))
-    assert all("The true rest of" in body["messages"][-1]["content"] for body in server.requests)
+    assert all("The reference continuation of" in body["messages"][-1]["content"] for body in server.requests)
 
 
 def test_all_pairs(server, folders, tmp_path):
@@ -108,7 +108,7 @@ def test_all_pairs(server, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "found"),
+    ("answer", "result"),
     [
         ('{"score_a": 7, "score_b": 3, "better": "A"}', Verdict(score_a=7, score_b=3, better="a")),
         ('```json\n{"better": " TIE", "score_b": 3, "score_a": 3}\n```', Verdict(score_a=3, score_b=3, better="tie")),
@@ -121,8 +121,8 @@ def test_all_pairs(server, folders, tmp_path):
         ('{"score_a": 7, "score_b": 3, "better": "B"}', "contradicts its scores"),
     ],
 )  # fmt: skip
-def test_verdicts_and_what_is_none(answer, found):
-    assert parse(answer) == found
+def test_verdicts_and_what_is_none(answer, result):
+    assert parse(answer) == result
 
 
 def test_answers_of_no_use_are_counted_and_kept(server, folders, tmp_path):
@@ -197,7 +197,7 @@ def test_what_does_not_belong_together_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match="was made on test set 8888888888888888"):
         gather([folders[0], other], choice)
     changed = {QKV: [{**row, "prompt": row["prompt"] + "!"} for row in completion_rows(str)]}
-    with pytest.raises(UserError, match="Not all systems were given the same beginning of hep-th/9901001"):
+    with pytest.raises(UserError, match="Not all systems were given the same prompt of hep-th/9901001"):
         gather([folders[0], make_evaluation(tmp_path / "changed", changed)], choice)
     with pytest.raises(UserError, match=r"has no sampled completions \(rule paper, test, seed 99\)"):
         gather(folders, Choice(seed=99))
@@ -212,11 +212,11 @@ def test_fewer_papers_are_among_more(folders):
 # Endpoints as systems.
 
 
-def test_an_endpoint_completes_the_same_beginnings_and_becomes_a_system(server, folders, tmp_path):
+def test_an_endpoint_completes_the_same_prompts_and_becomes_a_system(server, folders, tmp_path):
     def answer(body):
-        told = body["messages"][-1]["content"]
-        number = int(told.split()[1])
-        return f"{told} good repeats {number}" if number % 2 else f"good {number}\n\nI hope this helps!"
+        given = body["messages"][-1]["content"]
+        number = int(given.split()[1])
+        return f"{given} good repeats {number}" if number % 2 else f"good {number}\n\nI hope this helps!"
 
     server.answer = answer
     ask(folders[0], [endpoint(server, name="claude", model="c-1")], tmp_path / "asked", AskConfig(papers=6))
@@ -226,13 +226,13 @@ def test_an_endpoint_completes_the_same_beginnings_and_becomes_a_system(server, 
     assert [r["id"] for r in rows] == sorted(gather(folders, Choice()).first(6))
     for r in rows:
         assert r["completion"].startswith(" good")
-        assert r["fair"].split()[0] == "good"
-        assert "hope" not in r["fair"]
+        assert r["truncated"].split()[0] == "good"
+        assert "hope" not in r["truncated"]
         assert (r["seed"], r["temperature"], r["decoding"], r["stop_reason"]) == (None, 0.7, "sampled", "eos")
     server.answer = fair_judge
     judge([*folders, tmp_path / "asked"], endpoint(server, model="c-1"), tmp_path / "out", QUICK)
-    found = {d["system"]: d for d in summary_of(tmp_path / "out")["duels"]}
-    assert found["claude"]["wins"] == found["claude"]["papers"] == 6
+    result = {d["system"]: d for d in summary_of(tmp_path / "out")["duels"]}
+    assert result["claude"]["wins"] == result["claude"]["papers"] == 6
     assert summary_of(tmp_path / "out")["judge"]["judges_itself"] == ["claude"]
 
 
@@ -243,7 +243,7 @@ def test_an_endpoint_cannot_take_the_name_of_a_measured_system(server, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "fair"),
+    ("text", "truncated"),
     [
         (" one two three", " one two three"),
         (" one two three four five", " one two three"),
@@ -251,5 +251,5 @@ def test_an_endpoint_cannot_take_the_name_of_a_measured_system(server, tmp_path)
         ("", ""),
     ],
 )
-def test_the_fair_stop(text, fair):
-    assert fair_stop(text, "as many words") == fair
+def test_truncation(text, truncated):
+    assert truncate(text, "as many words") == truncated

@@ -35,11 +35,11 @@ def completion_rows(write: Write, papers: int = 12, **changes: Any) -> list[dict
                     "temperature": None if seed is None else 0.7,
                     "max_new_tokens": 64,
                     "prompt": f"Beginning {number} under the {rule} rule.",
-                    "reference": f"The true rest of {number} has seven words.",
+                    "reference": f"The reference continuation of {number} has seven words.",
                     "completion": f"{text} and runs on",
                     "stop_reason": "eos",
                     "n_tokens": 9,
-                    "fair": text.rstrip(),
+                    "truncated": text.rstrip(),
                 }
                 rows.append({**row, **changes})
     return rows

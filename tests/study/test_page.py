@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from feyntune.errors import UserError
-from feyntune.study.page import HEADERS, Book, application
+from feyntune.study.page import HEADERS, ScoreStore, application
 from feyntune.study.study import StudyConfig, make, read_sheet, score
 from tests.browser import browser  # noqa: F401
 from tests.evaluation.browser_helpers import errors, look_at, requested, resize, visit
@@ -32,7 +32,7 @@ class Served:
 
     def start(self):
         listening = socket.create_server(("127.0.0.1", 0))
-        book = Book(self.study, self.scores)
+        book = ScoreStore(self.study, self.scores)
         config = uvicorn.Config(application(book), log_level="warning", access_log=False, server_header=False)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([listening],), daemon=True)
@@ -150,7 +150,7 @@ def test_damaged_scores_are_refused_with_their_line(served):
     path = served.scores / "ann.csv"
     path.write_text(path.read_text(encoding="utf-8-sig").replace(",3,", ",33,", 1))
     with pytest.raises(UserError, match=r"ann\.csv, line 2, score: '33' is not a whole number"):
-        Book(served.study, served.scores)
+        ScoreStore(served.study, served.scores)
 
 
 # In a browser.
@@ -176,12 +176,12 @@ def test_the_page_fits_fetches_nothing_from_outside_and_logs_no_error(browser, s
     shown = set()
     for number in range(1, total + 1):
         visit(browser, f"{served.links['ann']}/{number}")
-        found = browser.execute_script(LOOK, width)
-        assert found["scroll"] <= width
-        assert found["values"] == [str(n) for n in range(1, 11)]
-        assert found["small"] == []
-        assert found["unlabelled"] == []
-        assert found["bold"] == 0  # texts are shown, not taken for HTML
+        result = browser.execute_script(LOOK, width)
+        assert result["scroll"] <= width
+        assert result["values"] == [str(n) for n in range(1, 11)]
+        assert result["small"] == []
+        assert result["unlabelled"] == []
+        assert result["bold"] == 0  # texts are shown, not taken for HTML
         look_at(browser, f"study-{width}-{number}.png")
         shown.add(browser.find_element(By.ID, "continuation").text)
     assert any(TEX in text for text in shown)

@@ -31,7 +31,7 @@ def opinion(body):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, evaluations):
+def given(tmp_path_factory, evaluations):
     """The evaluations with completions, and a study and a judgement of them."""
     root = tmp_path_factory.mktemp("told")
     complete = [with_completions(e, root / e.name, "text") for e in evaluations]
@@ -49,16 +49,16 @@ def told(tmp_path_factory, evaluations):
 
 
 @pytest.fixture(scope="module")
-def compared_with_people(tmp_path_factory, told, adapters, tiny_split):
+def compared_with_people(tmp_path_factory, given, adapters, tiny_split):
     out = tmp_path_factory.mktemp("compared") / "comparison"
-    opinions = {"people": told["people"], "judges": told["judges"]}
-    compare(told["evaluations"], adapters, tiny_split, out, config=QUICK, **opinions)
+    opinions = {"people": given["people"], "judges": given["judges"]}
+    compare(given["evaluations"], adapters, tiny_split, out, config=QUICK, **opinions)
     return out
 
 
-def test_the_comparison_holds_what_people_and_judges_said(compared_with_people, told):
+def test_the_comparison_holds_what_people_and_judges_said(compared_with_people, given):
     summary = json.loads((compared_with_people / "summary.json").read_text())
-    assert summary["study"] == json.loads((told["people"] / "summary.json").read_text())
+    assert summary["study"] == json.loads((given["people"] / "summary.json").read_text())
     duels = {d["system"]: d for d in summary["judges"][0]["duels"]}
     assert duels[ALL]["win_rate"]["mean"] == 1
     study = {r["name"]: r for r in csv.DictReader((compared_with_people / "study.csv").open())}
@@ -79,22 +79,22 @@ def test_without_people_and_judges_nothing_of_them_is_there(compared):
 
 
 def test_the_same_comparison_is_not_made_twice_and_others_opinions_make_another(
-    compared_with_people, told, adapters, tiny_split
+    compared_with_people, given, adapters, tiny_split
 ):
-    again = lambda **o: compare(told["evaluations"], adapters, tiny_split, compared_with_people, config=QUICK, **o)
-    assert again(people=told["people"], judges=told["judges"]).kind == "comparison"
+    again = lambda **o: compare(given["evaluations"], adapters, tiny_split, compared_with_people, config=QUICK, **o)
+    assert again(people=given["people"], judges=given["judges"]).kind == "comparison"
     with pytest.raises(UserError, match="a comparison of something else"):
-        again(people=told["people"])
+        again(people=given["people"])
 
 
-def test_opinions_on_other_completions_are_refused(tmp_path, told, evaluations, adapters, tiny_split):
-    rewritten = [*told["evaluations"][:2], with_completions(evaluations[2], tmp_path / "new", "new text")]
+def test_opinions_on_other_completions_are_refused(tmp_path, given, evaluations, adapters, tiny_split):
+    rewritten = [*given["evaluations"][:2], with_completions(evaluations[2], tmp_path / "new", "new text")]
     with pytest.raises(UserError, match=rf"was made on other completions of {ALL.replace('+', '.')}"):
-        compare(rewritten, adapters, tiny_split, tmp_path / "out", config=QUICK, people=told["people"])
+        compare(rewritten, adapters, tiny_split, tmp_path / "out", config=QUICK, people=given["people"])
     with pytest.raises(UserError, match="was made on other completions"):
-        compare(evaluations, adapters, tiny_split, tmp_path / "out", config=QUICK, judges=told["judges"])
+        compare(evaluations, adapters, tiny_split, tmp_path / "out", config=QUICK, judges=given["judges"])
     with pytest.raises(UserError, match="Judge oracle is there twice"):
-        compare(told["evaluations"], adapters, tiny_split, tmp_path / "out", judges=told["judges"] * 2)
+        compare(given["evaluations"], adapters, tiny_split, tmp_path / "out", judges=given["judges"] * 2)
 
 
 LOOK = """

@@ -28,7 +28,7 @@ def evaluation(tmp_path):
 
 def test_from_completions_to_verdicts_and_scores(evaluation, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "sk-1")
-    reply = lambda body: fair_judge(body) if "<beginning>" in body["messages"][-1]["content"] else "good rest"
+    reply = lambda body: fair_judge(body) if "<prompt>" in body["messages"][-1]["content"] else "good rest"
     with OpenAI(reply, key="sk-1").running() as server:
         settings = {
             "base_url": server.url,

@@ -97,7 +97,7 @@ def test_what_raters_get_says_nothing_about_whose_texts_they_are(study, tmp_path
     hidden = open_artifact(tmp_path / "key", "study-key")
     for path in files:
         text = path.read_text(encoding="utf-8-sig")
-        for word in (*GIFT, "lora", "9901", "seed", "true rest", *hidden.inputs.values()):
+        for word in (*GIFT, "lora", "9901", "seed", "reference continuation", *hidden.inputs.values()):
             assert word not in text, (path, word)
     assert hidden.config["seed"] == 5
 
@@ -162,18 +162,18 @@ def test_every_bad_row_is_named_and_nothing_is_scored(study, tmp_path):
     lines.append(lines[7])
     with (folder / "bob.csv").open("w", newline="") as f:
         csv.writer(f).writerows([head, *lines])
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as given:
         score(study, tmp_path / "key", [folder], tmp_path / "out")
-    said = str(told.value).splitlines()
-    assert said[0].startswith("7 row(s)")
+    sentences = str(given.value).splitlines()
+    assert sentences[0].startswith("7 row(s)")
     for line, (number, field) in zip(
-        said[1:],
+        sentences[1:],
         [(2, "score"), (3, "score"), (4, "item"), (5, "rater"), (6, "study"), (7, "score"), (len(lines) + 2, "item")],
         strict=True,
     ):
         assert line.startswith(f"  {folder}/bob.csv, line {number}, {field}: ")
-    assert "'11' is not a whole number from 1 to 10" in said[1]
-    assert f"is there already ({folder}/bob.csv, line 10)" in said[7]
+    assert "'11' is not a whole number from 1 to 10" in sentences[1]
+    assert f"is there already ({folder}/bob.csv, line 10)" in sentences[7]
     assert not (tmp_path / "out").exists()
 
 

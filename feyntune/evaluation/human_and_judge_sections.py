@@ -1,4 +1,8 @@
-"""A study and judges in a comparison: whether they belong to it, their tables, and their part of the report."""
+"""A study and judges in a comparison: whether they belong to it, their tables, and their part of the report.
+
+Both are read from their artifacts alone: summary.json and summary.md of a `study-result`, summary.json and rubric.txt
+of a `judgement`.
+"""
 
 import csv
 import io
@@ -12,7 +16,6 @@ from feyntune.artifacts.completions import completions_in
 from feyntune.errors import UserError
 from feyntune.evaluation.report import ticks
 from feyntune.names import BASE
-from feyntune.study.figures import AGREEMENT, OTHERS, markdown
 
 HOW_JUDGED = {
     "win_rate": (
@@ -22,7 +25,7 @@ HOW_JUDGED = {
     "flipped": "papers on which the winner changed with the order",
     "share_first": "how often the text shown first won, among answers with a winner: one half without position bias",
     "interval": "95 %, percentiles of a bootstrap that draws papers",
-    "p_holm": "two-sided against one half, by flipping outcomes of whole papers, after Holm's correction over pairs",
+    "p_holm": "two-sided against one half, by flipping outcomes of whole papers, Holm-adjusted over pairs",
 }
 
 
@@ -38,12 +41,13 @@ def attach(
         UserError: made on another test set, or on other completions of a system that is compared.
         ArtifactError: a folder is damaged or of another kind.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     inputs: dict[str, str] = {}
     if people is not None:
         manifest = open_artifact(people, "study-result")
         _check(people, manifest, evaluations)
-        found["study"] = json.loads((Path(people) / "summary.json").read_text())
+        text = (Path(people) / "summary.md").read_text()
+        result["study"] = {**json.loads((Path(people) / "summary.json").read_text()), "markdown": text}
         inputs["study"] = manifest.digest
     for folder in judges:
         manifest = open_artifact(folder, "judgement")
@@ -52,9 +56,9 @@ def attach(
         name = summary["judge"]["name"]
         if f"judge {name}" in inputs:
             raise UserError(f"Judge {name} is there twice, the second time in {folder}: leave one out.")
-        found.setdefault("judges", []).append({**summary, "rubric": (Path(folder) / "rubric.txt").read_text()})
+        result.setdefault("judges", []).append({**summary, "rubric": (Path(folder) / "rubric.txt").read_text()})
         inputs[f"judge {name}"] = manifest.digest
-    return found, inputs
+    return result, inputs
 
 
 def _check(folder: str | Path, manifest: Manifest, evaluations: Mapping[str, Manifest]) -> None:
@@ -76,7 +80,7 @@ def _check(folder: str | Path, manifest: Manifest, evaluations: Mapping[str, Man
 
 def tables(summary: dict[str, Any]) -> dict[str, str]:
     """Files for the comparison beside its own: study.csv and judges.csv, each only where there is one."""
-    found = {}
+    result = {}
     if "study" in summary:
         rows = []
         for kind in ("systems", "categories"):
@@ -88,7 +92,7 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
                 published = summary["study"]["published"]["categories"]
                 row["published"] = published.get(name) if kind == "categories" else None
                 rows.append(row)
-        found["study.csv"] = _csv(rows)
+        result["study.csv"] = _csv(rows)
     if "judges" in summary:
         rows = [
             {
@@ -100,15 +104,15 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
             for judge in summary["judges"]
             for d in judge["duels"]
         ]
-        found["judges.csv"] = _csv(rows)
-    return found
+        result["judges.csv"] = _csv(rows)
+    return result
 
 
 def appendix(summary: dict[str, Any]) -> str:
-    """What table.md says of people and judges; nothing where there are none."""
+    """The sections of table.md on the study and the judges; empty where there are none."""
     text = ""
     if "study" in summary:
-        text += "\n## Study\n\n" + markdown(summary["study"])
+        text += "\n## Study\n\n" + summary["study"]["markdown"]
     if "judges" in summary:
         text += "\n## Judges\n\n| judge | system | against | papers | win rate (95 %) | Holm p | flipped |\n"
         text += "|---|---|---|---:|---:|---:|---:|\n"
@@ -123,8 +127,8 @@ def appendix(summary: dict[str, Any]) -> str:
 
 
 def page(summary: dict[str, Any]) -> dict[str, Any]:
-    """What people.html.jinja shows: sentences, table rows, and the places of the charts' marks in percent."""
-    found: dict[str, Any] = {"study": None, "judges": [], "how_judged": HOW_JUDGED}
+    """What people.html.jinja shows: sentences, table rows, and the positions of the charts' marks in percent."""
+    result: dict[str, Any] = {"study": None, "judges": [], "how_judged": HOW_JUDGED}
     if "study" in summary:
         study = summary["study"]
         none = {"difference": None, "z_difference": None}  # the base's
@@ -137,26 +141,22 @@ def page(summary: dict[str, Any]) -> dict[str, Any]:
             for name, f in study["categories"].items()
         ]
         bars = [(r["name"], r["difference"]) for r in rows if r["name"] != BASE]
-        agreement = [
-            {"name": words, "published": study["published"][key], **study["agreement"][key]}
-            for key, words in AGREEMENT.items()
-        ]
-        found["study"] = {
+        agreement = [a for a in study["agreement"].values() if isinstance(a, dict)]
+        result["study"] = {
             "figures": study,
             "rows": rows,
             "groups": groups,
             "agreement": agreement,
             "chart": _chart(bars, 0.0),
             "sentences": _study_sentences(study),
-            "has_others": OTHERS in study["categories"],
         }
     for judge in summary.get("judges", []):
         bars = [
             (d["system"] if d["against"] == BASE else f"{d['system']} against {d['against']}", d["win_rate"])
             for d in judge["duels"]
         ]
-        found["judges"].append({**judge, "chart": _chart(bars, 0.5), "sentences": _judge_sentences(judge)})
-    return found
+        result["judges"].append({**judge, "chart": _chart(bars, 0.5), "sentences": _judge_sentences(judge)})
+    return result
 
 
 def _chart(bars: list[tuple[str, Mapping[str, Any]]], null: float) -> dict[str, Any] | None:
@@ -184,53 +184,54 @@ def _method(name: str) -> str:
 
 def _study_sentences(study: dict[str, Any]) -> list[str]:
     raters = sum(r["scored"] > 0 for r in study["raters"].values())
-    said = [
+    sentences = [
         f"{raters} rater{'s' if raters != 1 else ''} scored {study['scored']:,} of {study['of']:,} completions of "
         f"{study['papers']} papers from 1 to 10, in random order and without knowing whose they were."
     ]
-    sure = [n for n, f in study["systems"].items() if n != BASE and _surely(f["difference"], 0.0)]
-    worse = [n for n, f in study["systems"].items() if n != BASE and _surely(f["difference"], 0.0, -1)]
+    better = [n for n, f in study["systems"].items() if n != BASE and _significant(f["difference"], 0.0)]
+    worse = [n for n, f in study["systems"].items() if n != BASE and _significant(f["difference"], 0.0, -1)]
     others = len(study["systems"]) - 1
-    said.append(
-        f"{len(sure)} of {others} system{'s' if others != 1 else ''} scored surely above the base"
-        + (f", {len(worse)} surely below it." if worse else ".")
+    sentences.append(
+        f"{len(better)} of {others} system{'s' if others != 1 else ''} scored significantly above the base"
+        + (f", {len(worse)} significantly below it" if worse else "")
+        + " (95 % CI, Holm-adjusted p < 0.05)."
     )
     smallest = others * 2.0 ** (1 - study["papers"])  # all papers agree, the least likely of all signs
     if smallest >= 0.05:
-        said.append(
-            f"{study['papers']} papers are too few to be sure of anything: if all of them agreed, p would still be "
+        sentences.append(
+            f"{study['papers']} papers are too few for any significant result: if all of them agreed, p would still be "
             f"{min(1.0, smallest):.2f}."
         )
     icc = study["agreement"]["icc"]["value"]
     if icc is not None:
         word = "poor" if icc < 0.5 else "moderate" if icc < 0.75 else "good"
-        said.append(
+        sentences.append(
             f"Raters' agreement is {word} (ICC {icc:.2f}; below 0.5 is called poor, Koo & Li 2016): differences of a "
             "few tenths between systems should not be read as a ranking unless their intervals say so."
         )
-    return said
+    return sentences
 
 
 def _judge_sentences(judge: dict[str, Any]) -> list[str]:
     about, position, unusable = judge["judge"], judge["position"], judge["unusable"]
     answers = f"{about['answers']:,} of {about['questions']:,} questions were answered"
-    said = [f"{answers}, {unusable['count']:,} gave no usable verdict; they cost {about['cost']:.4g}."]
+    sentences = [f"{answers}, {unusable['count']:,} gave no usable verdict; they cost {about['cost']:.4g}."]
     if about["stopped"]:
-        said.append(f"The judge {about['stopped']}.")
+        sentences.append(f"The judge {about['stopped']}.")
     share = position["share_first"]
     if share["low"] is not None:
         biased = share["low"] > 0.5 or share["high"] < 0.5
-        said.append(
+        sentences.append(
             f"The text shown first won {share['mean']:.0%} of the decided answers ({share['low']:.0%} to "
-            f"{share['high']:.0%}): {'a position bias' if biased else 'no sure position bias'}; each paper is judged "
-            "in both orders, so it does not favour a system."
+            f"{share['high']:.0%}): {'a position bias' if biased else 'no significant position bias'}; each paper is "
+            "judged in both orders, so it does not favor a system."
         )
     if about["judges_itself"]:
-        said.append(f"The judge is the model of {', '.join(about['judges_itself'])}: it may favour its own texts.")
-    return said
+        sentences.append(f"The judge is the model of {', '.join(about['judges_itself'])}: it may favor its own texts.")
+    return sentences
 
 
-def _surely(difference: dict[str, Any], null: float, sign: int = 1) -> bool:
+def _significant(difference: dict[str, Any], null: float, sign: int = 1) -> bool:
     if difference["low"] is None or (difference.get("p_holm") or 0) >= 0.05:
         return False
     return difference["low"] > null if sign > 0 else difference["high"] < null
