@@ -183,13 +183,13 @@ def test_the_cap_is_never_passed_and_what_there_is_is_given(server, tmp_path, at
     assert 0.008 < result.spent <= 0.0105
     assert result.stopped
     assert "before the cap of 0.0105" in result.stopped
-    assert result.result.count(None) == 50 - result.bought
+    assert result.answers.count(None) == 50 - result.bought
     assert not result.failures
     again = ask(capped, questions(50), tmp_path)  # the cap holds for all runs together
     assert again.bought == 0
     assert server.answered == result.bought
     more = ask(endpoint(server, max_tokens=100, cap=1), questions(50), tmp_path)
-    assert None not in more.result
+    assert None not in more.answers
     assert server.answered == 50
 
 
@@ -201,11 +201,11 @@ RUN = textwrap.dedent(
     from feyntune.errors import Interrupted
     e = Endpoint(name="m", base_url=sys.argv[1], model="b", price_in=1, price_out=1, cap=9, at_once=2, timeout=60)
     try:
-        found = ask(e, [Question("", f"word {i}") for i in range(12)], Path(sys.argv[2]))
+        result = ask(e, [Question("", f"word {i}") for i in range(12)], Path(sys.argv[2]))
     except Interrupted as stop:
         print(stop)
         sys.exit(75)
-    print(sum(a is not None for a in found.found))
+    print(sum(a is not None for a in result.answers))
     """
 )
 
