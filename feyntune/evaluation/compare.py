@@ -78,7 +78,7 @@ def compare(
     counts: dict[str, Any] = {}
     if corpus is not None:
         inputs["corpus"] = open_artifact(corpus, "corpus").digest
-        counts = json.loads((Path(corpus) / "counts.json").read_text())
+        counts = json.loads((Path(corpus) / "counts.json").read_text(encoding="utf-8"))
     settings = {**config.model_dump(mode="json"), "failures": failed, "adapter_uris": dict(adapter_uris or {})}
     if (out / MANIFEST).is_file():
         done = open_artifact(out, "comparison")
@@ -104,7 +104,7 @@ def compare(
         if adapter_uris and name in adapter_uris:
             variant["adapter"] = adapter_uris[name]
     summary |= opinions
-    curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text()) for name in variants}
+    curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text(encoding="utf-8")) for name in variants}
     summary["budget"] = _budget(systems, groups.primary, summary["variants"], curves, config)
     completions = completion_stats.read(
         {n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()}
@@ -125,20 +125,22 @@ def compare(
         )
 
     with write_artifact(out, "comparison", inputs, settings) as folder:
-        (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (folder.path / "table.csv").write_text(completion_stats.to_csv(rows))
+        (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (folder.path / "table.csv").write_text(completion_stats.to_csv(rows), encoding="utf-8")
         if "completions" in summary:
             long = completion_stats.rows(summary["completions"])
-            (folder.path / "completions.csv").write_text(completion_stats.to_csv(long))
-        (folder.path / "table.md").write_text(to_markdown(rows, summary) + human_and_judge_sections.appendix(summary))
+            (folder.path / "completions.csv").write_text(completion_stats.to_csv(long), encoding="utf-8")
+        (folder.path / "table.md").write_text(
+            to_markdown(rows, summary) + human_and_judge_sections.appendix(summary), encoding="utf-8"
+        )
         for name, text in human_and_judge_sections.tables(summary).items():
-            (folder.path / name).write_text(text)
-        audit = json.loads((Path(data) / "audit.json").read_text())
+            (folder.path / name).write_text(text, encoding="utf-8")
+        audit = json.loads((Path(data) / "audit.json").read_text(encoding="utf-8"))
         manifests = {"split": split, "evaluation": base.manifest, **sealed}
         if corpus is not None:
             manifests["corpus"] = read_manifest(corpus)
         page = render(summary, rows, curves, counts, audit, manifests, human_and_judge_sections.page(summary))
-        (folder.path / "report.html").write_text(page)
+        (folder.path / "report.html").write_text(page, encoding="utf-8")
     return open_artifact(out, "comparison")
 
 
@@ -211,7 +213,7 @@ def _adapter_of(system: _System, adapters: Mapping[str, str | Path]) -> Manifest
 
 def _failure(folder: str | Path) -> dict[str, str]:
     open_artifact(folder, "failure")
-    outcome = json.loads((Path(folder) / "outcome.json").read_text())
+    outcome = json.loads((Path(folder) / "outcome.json").read_text(encoding="utf-8"))
     return {k: outcome[k] for k in ("variant", "step", "error")}
 
 

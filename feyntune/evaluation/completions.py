@@ -194,7 +194,7 @@ class Completer:
         }
         context = loaded.model.config.max_position_embeddings
         longest = min(max(map(len, tokens.values())) + self.config.max_new_tokens, context)
-        ranks = [json.loads((f / "adapter_config.json").read_text())["r"] for f in adapters.values()]
+        ranks = [json.loads((f / "adapter_config.json").read_text(encoding="utf-8"))["r"] for f in adapters.values()]
         settings = EngineSettings(
             max_adapters=max(1, len(adapters)),
             max_rank=max([1, *ranks]),

@@ -46,17 +46,19 @@ def attach(
     if people is not None:
         manifest = open_artifact(people, "study-result")
         _check(people, manifest, evaluations)
-        text = (Path(people) / "summary.md").read_text()
-        result["study"] = {**json.loads((Path(people) / "summary.json").read_text()), "markdown": text}
+        text = (Path(people) / "summary.md").read_text(encoding="utf-8")
+        result["study"] = {**json.loads((Path(people) / "summary.json").read_text(encoding="utf-8")), "markdown": text}
         inputs["study"] = manifest.digest
     for folder in judges:
         manifest = open_artifact(folder, "judgement")
         _check(folder, manifest, evaluations)
-        summary = json.loads((Path(folder) / "summary.json").read_text())
+        summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
         name = summary["judge"]["name"]
         if f"judge {name}" in inputs:
             raise UserError(f"Judge {name} is there twice, the second time in {folder}: leave one out.")
-        result.setdefault("judges", []).append({**summary, "rubric": (Path(folder) / "rubric.txt").read_text()})
+        result.setdefault("judges", []).append(
+            {**summary, "rubric": (Path(folder) / "rubric.txt").read_text(encoding="utf-8")}
+        )
         inputs[f"judge {name}"] = manifest.digest
     return result, inputs
 

@@ -50,7 +50,7 @@ def render(
         "share": _share,
     }
     return environment.get_template("report.html.jinja").render(
-        css=(here / "report.css").read_text(),
+        css=(here / "report.css").read_text(encoding="utf-8"),
         summary=summary,
         rows=rows,
         verdict=verdict(summary),

@@ -79,11 +79,11 @@ def compare_branches(
                         f"{name} has neither a result nor a failure under {artifacts.uri}/{branch}: run it again."
                     )
                 if name == BASE:
-                    why = json.loads((failure / "outcome.json").read_text())
+                    why = json.loads((failure / "outcome.json").read_text(encoding="utf-8"))
                     raise UserError(f"The base model could not be scored, so nothing can be compared: {why['error']}")
                 failures.append(failure)
         compare(evaluations, adapters, data, out, corpus=corpus, failures=failures, adapter_uris=adapter_uris)
-    summary = json.loads((Path(out) / "summary.json").read_text())
+    summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf-8"))
     metrics = {"base perplexity": summary["base"]["perplexity"]["abstract_mean"]}
     for name, variant in summary["variants"].items():
         metrics[f"{name} perplexity"] = variant["perplexity"]["abstract_mean"]

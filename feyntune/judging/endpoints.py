@@ -6,10 +6,11 @@ a killed run goes on with what is missing. Only answers in flight at a kill can 
 
 import fcntl
 import os
+import re
 import shutil
 import signal
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,38 +31,52 @@ OVERHEAD = 64  # tokens that a chat template may add to a question
 
 
 class Endpoint(BaseModel):
-    """One model behind an OpenAI-compatible API.
-
-    Attributes:
-        name: how the system or judge is called in tables.
-        base_url: up to and with `/v1`.
-        key_env, key_file: where its key is; at most one, neither for an endpoint that asks for none.
-        api: `chat`, or `completions` for a model that only continues text.
-        price_in, price_out: money for a million tokens, in a currency of your choice.
-        cap: money that may be spent on all questions of one output folder, this run's and earlier ones'.
-        at_once: requests in flight.
-        temperature: None leaves it to the endpoint, as some reasoning models demand.
-        max_tokens, limit_field: most tokens of an answer, and what the endpoint calls that limit.
-        timeout: seconds for one request. retries: of one that timed out, was refused for its rate or met a fault.
-    """
+    """One model behind an OpenAI-compatible API."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
-    base_url: str
-    model: str
-    key_env: str | None = None
-    key_file: Path | None = None
-    api: Literal["chat", "completions"] = "chat"
-    price_in: float = Field(ge=0)
-    price_out: float = Field(ge=0)
-    cap: float = Field(ge=0)
-    at_once: int = Field(4, ge=1, le=256)
-    temperature: float | None = Field(0.7, ge=0, le=2)
-    max_tokens: int = Field(1024, ge=1)
-    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    timeout: float = Field(120, gt=0)
-    retries: int = Field(6, ge=0)
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9.-]*$", description="Name of the system or judge in tables: a-z, 0-9, . and -."
+    )
+    base_url: str = Field(description="Address up to and including `/v1`.")
+    model: str = Field(description="The endpoint's name of the model.")
+    key_env: str | None = Field(None, description="Environment variable that holds the key.")
+    key_file: Path | None = Field(None, description="File that holds the key. Give at most one of the two.")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="`completions` for a base model, which continues text and has no chat template."
+    )
+    price_in: float = Field(0, ge=0, description="Price of a million prompt tokens, in a currency of your choice.")
+    price_out: float = Field(0, ge=0, description="Price of a million completion tokens.")
+    cap: float | None = Field(
+        None,
+        ge=0,
+        description="Money that may be spent in one folder, earlier runs included. Required where a price is given.",
+    )
+    max_concurrent_requests: int = Field(4, ge=1, le=256, description="Requests in flight.")
+    temperature: float | None = Field(
+        0.7, ge=0, le=2, description="`null` leaves it to the endpoint, as some reasoning models require."
+    )
+    max_tokens: int = Field(1024, ge=1, description="Maximum tokens of an answer, reasoning included.")
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="The endpoint's name of that limit."
+    )
+    timeout: float = Field(120, gt=0, description="Seconds for one request.")
+    retries: int = Field(
+        6, ge=0, description="Retries of a request that timed out, was rate-limited or met a server error."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "at_once" in value:  # before 0.2
+            raise ValueError("at_once is now called max_concurrent_requests")
+        return value
+
+    @model_validator(mode="after")
+    def _priced_means_capped(self) -> "Endpoint":
+        if self.cap is None and (self.price_in or self.price_out):
+            raise ValueError("a price needs a cap: say how much may be spent")
+        return self
 
     @field_validator("name")
     @classmethod
@@ -98,7 +113,7 @@ class Endpoint(BaseModel):
             raise UserError(f"Endpoint {self.name}: {self.key_env} is not in the environment: set it from a Secret.")
         if self.key_file:
             try:
-                if key := self.key_file.read_text().strip():
+                if key := self.key_file.read_text(encoding="utf-8").strip():
                     return key
             except OSError as e:
                 raise UserError(f"Endpoint {self.name}: {self.key_file}: {e.strerror}: mount the key there.") from e
@@ -123,9 +138,9 @@ def load_endpoints(path: str | Path) -> dict[str, Endpoint]:
         UserError: no such file, not YAML, or a field that is wrong (named; its value is not repeated, it may be a key).
     """
     try:
-        parsed = _Endpoints.model_validate(yaml.safe_load(Path(path).read_text()))
+        parsed = _Endpoints.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}: give a file of endpoints (components/evaluate/README.md).") from e
+        raise UserError(f"{path}: {e.strerror}: give a file of endpoints (docs/people.md).") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: this is not YAML, correct it.") from None
@@ -147,7 +162,12 @@ class Question(NamedTuple):
 
 
 class Answer(BaseModel):
-    """One answer as it is kept. `metered`: the endpoint counted the tokens; otherwise the most it can have been."""
+    """One answer in the journal.
+
+    Attributes:
+        metered: the endpoint counted the tokens; otherwise they are the most it can have been.
+        unusable: why the answer is of no use (empty, refused, no verdict); such an answer is paid for, never reused.
+    """
 
     key: str
     text: str
@@ -157,6 +177,7 @@ class Answer(BaseModel):
     metered: bool
     cost: float
     retries: int
+    unusable: str | None = None
 
 
 @dataclass
@@ -164,13 +185,15 @@ class Answers:
     """Answers in the order of the questions, None where there is none.
 
     Attributes:
-        failures: of questions that got no answer, by number: why.
+        failures: why a question got no answer, or an unusable one, by number.
+        unusable: of those, the unusable answers.
         stopped: why the rest was not asked, None if all was.
         spent: money, with earlier runs'; bought: answers of this run.
     """
 
     answers: list[Answer | None]
     failures: dict[int, str] = field(default_factory=dict)
+    unusable: dict[int, Answer] = field(default_factory=dict)
     stopped: str | None = None
     spent: float = 0.0
     bought: int = 0
@@ -181,22 +204,30 @@ class Answers:
         return {
             "questions": len(self.answers),
             "answers": len(answers),
-            "failed": len(self.failures),
+            "failed": len(self.failures) - len(self.unusable),
+            "unusable": len(self.unusable),
+            "reasons": dict(Counter(self.failures.values()).most_common()),
             "stopped": self.stopped,
             "tokens_in": sum(a.tokens_in for a in answers),
             "tokens_out": sum(a.tokens_out for a in answers),
-            "cost": sum(a.cost for a in {a.key: a for a in answers}.values()),
+            "cost": sum({a.key: a.cost for a in [*answers, *self.unusable.values()]}.values()),
             "repeated_requests": sum(a.retries for a in answers),
             "not_metered": sum(not a.metered for a in answers),
         }
 
 
-def ask(endpoint: Endpoint, questions: Sequence[Question], beside: Path) -> Answers:
+def ask(
+    endpoint: Endpoint,
+    questions: Sequence[Question],
+    beside: Path,
+    check: Callable[[str], str | None] = lambda text: None,
+) -> Answers:
     """Ask all questions, several at once, and keep each answer in `beside/.answers` as it comes.
 
-    The client (openai) repeats what was refused for its rate (Retry-After is obeyed), timed out or met a fault. No
+    The client (openai) retries what was rate-limited (Retry-After is obeyed), timed out or met a server error. No
     question is sent that could exceed the cap: until its price is known, one counts as if the endpoint needed a token
-    a byte and answered with all tokens it may.
+    a byte and answered with all tokens it may. Answers without text, and those that `check` gives a reason against, are
+    paid for and kept in the journal, and asked again by the next call.
 
     Raises:
         UserError: the key is missing or refused, the model is unknown, or GIVE_UP requests in a row failed.
@@ -218,13 +249,18 @@ def ask(endpoint: Endpoint, questions: Sequence[Question], beside: Path) -> Answ
         in_a_row = bought = 0
         running: dict[Future[Answer], tuple[str, float]] = {}
         with (
-            ThreadPoolExecutor(endpoint.at_once) as pool,
+            ThreadPoolExecutor(endpoint.max_concurrent_requests) as pool,
             progress(f"ask {endpoint.name}", len(waiting), "answers") as bar,
         ):
             while True:
-                while waiting and len(running) < endpoint.at_once and not (stopped or broken or signals.came):
+                while (
+                    waiting
+                    and len(running) < endpoint.max_concurrent_requests
+                    and not (stopped or broken or signals.came)
+                ):
                     most = _most(endpoint, waiting[0][1])
-                    if journal.spent + sum(m for _, m in running.values()) + most > endpoint.cap:
+                    committed = journal.spent + sum(m for _, m in running.values()) + most
+                    if endpoint.cap is not None and committed > endpoint.cap:
                         if running:  # what is in flight may turn out cheaper than it could be
                             break
                         stopped = (
@@ -239,18 +275,20 @@ def ask(endpoint: Endpoint, questions: Sequence[Question], beside: Path) -> Answ
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     k, _ = running.pop(future)
                     try:
-                        journal.add(future.result())
+                        answer = future.result()
+                        reason = _unusable(answer, endpoint, check)
+                        journal.add(answer.model_copy(update={"unusable": reason}))
                     except (openai.OpenAIError, ValueError) as e:
                         errors[k] = _reason(e, key)
                         in_a_row += 1
-                        fatal = isinstance(
-                            e, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
-                        )
+                        fatal = getattr(e, "status_code", None) in (401, 402, 403, 404) or _out_of_quota(e)
                         if fatal or in_a_row >= GIVE_UP:
                             broken = errors[k]
                         log.warning("%s: no answer: %s", endpoint.name, errors[k])
                     else:
                         in_a_row, bought = 0, bought + 1
+                        if reason:
+                            log.warning("%s: unusable answer: %s", endpoint.name, reason)
                     bar.advance(1, spent=float(journal.spent))
         if signals.came:
             raise Interrupted(f"{bought} answers of {endpoint.name} are kept")
@@ -260,10 +298,12 @@ def ask(endpoint: Endpoint, questions: Sequence[Question], beside: Path) -> Answ
                 "gave are kept."
             )
         answers = [journal.answers.get(k) for k in keys]
+        unusable = {i: journal.unusable[k] for i, k in enumerate(keys) if k in journal.unusable}
         failures = {i: errors[k] for i, k in enumerate(keys) if k in errors}
+        failures |= {i: a.unusable or "" for i, a in unusable.items()}
         if stopped:
             log.warning("%s %s: %d questions of %d not asked", endpoint.name, stopped, answers.count(None), len(keys))
-        return Answers(answers, failures, stopped, journal.spent, bought)
+        return Answers(answers, failures, unusable, stopped, journal.spent, bought)
 
 
 def _key(endpoint: Endpoint, question: Question) -> str:
@@ -290,23 +330,66 @@ def _request(client: Any, endpoint: Endpoint, key: str, question: Question) -> A
     choices = getattr(body, "choices", None)
     if not choices:
         raise ValueError("the answer is not of the protocol: it holds no choices")
-    text = choices[0].message.content if endpoint.api == "chat" else choices[0].text
+    text = _text(choices[0].message if endpoint.api == "chat" else choices[0])
     usage = body.usage
-    if usage is None:
+    tokens_in, tokens_out = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    metered = isinstance(tokens_in, int) and isinstance(tokens_out, int)
+    if not (isinstance(tokens_in, int) and isinstance(tokens_out, int)):
         tokens_in = len((question.instruction + question.text).encode()) + OVERHEAD
         tokens_out = endpoint.max_tokens
-    else:
-        tokens_in, tokens_out = usage.prompt_tokens, usage.completion_tokens
     return Answer(
         key=key,
-        text=text or "",
+        text=text,
         finish=choices[0].finish_reason or "unknown",
         tokens_in=tokens_in,
         tokens_out=tokens_out,
-        metered=usage is not None,
+        metered=metered,
         cost=(tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6,
         retries=raw.retries_taken,
     )
+
+
+def _text(message: Any) -> str:
+    """The text of an answer: of a list of parts the text parts, and without the reasoning before it."""
+    content = getattr(message, "content", None) if hasattr(message, "content") else getattr(message, "text", None)
+    if isinstance(content, list):  # Mistral's reasoning models
+        parts = [p if isinstance(p, dict) else getattr(p, "__dict__", {}) for p in content]
+        content = "".join(str(p.get("text") or "") for p in parts if p.get("type") == "text")
+    text = content if isinstance(content, str) else ""
+    if re.match(r"\s*<think", text):
+        return re.sub(r"^\s*<think(?:ing)?>.*?(</think(?:ing)?>|\Z)", "", text, flags=re.DOTALL)
+    return text or (getattr(message, "refusal", None) and REFUSAL) or ""
+
+
+REFUSAL = "\0refused"  # an answer's text where the endpoint put a refusal in a field of its own
+
+
+def _unusable(answer: Answer, endpoint: Endpoint, check: Callable[[str], str | None]) -> str | None:
+    """Why an answer is of no use, with what to change; None where it is of use."""
+    if answer.text == REFUSAL or (answer.finish == "content_filter" and not answer.text.strip()):
+        return "the endpoint refused to answer"
+    if not answer.text.strip():
+        if answer.finish == "length":
+            return (
+                f"no text: all {answer.tokens_out} tokens went into reasoning, raise max_tokens ({endpoint.max_tokens})"
+            )
+        return "no text"
+    reason = check(answer.text)
+    return f"{reason} (cut off at max_tokens)" if reason and answer.finish == "length" else reason
+
+
+def _out_of_quota(error: Exception) -> bool:
+    """Whether a 429 is no rate limit but an account without money, which no retry helps (OpenAI)."""
+    return getattr(error, "code", None) == "insufficient_quota"
+
+
+# What commercial endpoints refuse with 400, and the setting that helps.
+HINTS = {
+    "max_completion_tokens": "set limit_field: max_completion_tokens",
+    "temperature": "set temperature: null",
+    "chat template": "set api: completions",
+    "chat_template": "set api: completions",
+}
 
 
 def _reason(error: Exception, key: str | None) -> str:
@@ -315,7 +398,8 @@ def _reason(error: Exception, key: str | None) -> str:
     message = " ".join(f"{f'HTTP {status}, ' if status else ''}{type(error).__name__}: {error}".split())
     if key:
         message = message.replace(key, "***")
-    return message[:300]
+    hint = next((fix for word, fix in HINTS.items() if status in (400, 422) and word in message), "")
+    return message[:300] + (f" ({hint})" if hint else "")
 
 
 class _Journal:
@@ -324,6 +408,7 @@ class _Journal:
     def __init__(self, beside: Path, name: str):
         self.path = beside / ".answers" / f"{name}.jsonl"
         self.answers: dict[str, Answer] = {}
+        self.unusable: dict[str, Answer] = {}
         self.spent = 0.0
 
     def __enter__(self) -> "_Journal":
@@ -331,9 +416,11 @@ class _Journal:
         self.file = self.path.open("a+b")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             self.file.close()
             raise UserError(f"{self.path} is in use by another run: wait for it.") from e
+        except OSError as e:  # some network file systems have no locks
+            log.warning("%s: %s: make sure that no other run writes there", self.path, e.strerror)
         self.file.seek(0)
         whole = 0
         for line in self.file:
@@ -344,8 +431,7 @@ class _Journal:
             except ValueError as e:
                 self.file.close()
                 raise UserError(f"{self.path} is damaged at byte {whole}: remove it, its answers are lost.") from e
-            self.answers[answer.key] = answer
-            self.spent += answer.cost
+            self._count(answer)
             whole += len(line)
         self.file.truncate(whole)
         return self
@@ -357,8 +443,15 @@ class _Journal:
         self.file.write(answer.model_dump_json().encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.answers[answer.key] = answer
+        self._count(answer)
+
+    def _count(self, answer: Answer) -> None:
         self.spent += answer.cost
+        if answer.unusable:
+            self.unusable[answer.key] = answer
+        else:
+            self.answers[answer.key] = answer
+            self.unusable.pop(answer.key, None)
 
 
 class _Signals:
@@ -385,13 +478,13 @@ class _Signals:
 
 
 def is_partial(stats: dict[str, Any]) -> bool:
-    """Whether answers are missing, by `Answers.stats`: the cap was met, or requests failed."""
-    return bool(stats["stopped"] or stats["failed"])
+    """Whether answers are missing, by `Answers.stats`: the cap was met, requests failed or answers were unusable."""
+    return bool(stats["stopped"] or stats["failed"] or stats.get("unusable"))
 
 
 def archive_partial(out: Path) -> None:
-    """Make room for the whole of a result that is there in part, which stays as NAME.part. Its answers were kept."""
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    os.replace(out, part)
-    log.info("%s was there in part, now in %s; only what is missing is asked for", out, part)
+    """Rename a partial result to NAME.part, so that the complete one can be written. Its answers are in the journal."""
+    partial_path = out.with_name(f"{out.name}.part")
+    shutil.rmtree(partial_path, ignore_errors=True)
+    os.replace(out, partial_path)
+    log.info("%s is partial, now in %s; asking only for what is missing", out, partial_path)

@@ -106,10 +106,13 @@ def ask(
                 if answer is not None
             ]
             if not rows:
-                raise UserError(f"Endpoint {system.name} answered nothing ({answers.stopped or 'all failed'}).")
+                why = answers.stopped or next(iter(answers.failures.values()))
+                raise UserError(f"Endpoint {system.name} gave no completion ({why}).")
             table = pa.Table.from_pylist(rows, SCHEMA)
             pq.write_table(table, folder.path / "completions" / f"{system.name}.parquet")
             folder.stats[system.name] = answers.stats()
+            for reason, count in answers.stats()["reasons"].items():
+                log.warning("%s: %d papers without a completion: %s", system.name, count, reason)
             log.info("%s: %d of %d completions, %.4g spent", system.name, len(rows), len(chosen), answers.spent)
     return open_artifact(out, "answers")
 

@@ -107,22 +107,28 @@ def judge(
         done = open_artifact(out, "judgement")
         if (done.inputs, done.config) != (given.inputs(), stored):
             raise UserError(f"{out} holds judgements of something else: choose another folder.")
-        if not is_partial(json.loads((out / "summary.json").read_text())["judge"]):
+        if not is_partial(json.loads((out / "summary.json").read_text(encoding="utf-8"))["judge"]):
             return done
         archive_partial(out)
     pairs = duels(list(given.texts), config.pairs)
     # Paper by paper, both orders together: a cap that ends the run early leaves whole papers.
     asked = [(i, *order) for i in given.first(config.papers) for x, y in pairs for order in ((x, y), (y, x))]
     with write_artifact(out, "judgement", given.inputs(), stored) as folder:
-        answers = ask(endpoint, [question(given, config, *a) for a in asked], out.parent)
+        answers = ask(endpoint, [question(given, config, *a) for a in asked], out.parent, _no_verdict)
         rows = [_row(given, answers, n, *a) for n, a in enumerate(asked)]
+        if not any(row.get("better") for row in rows):
+            reason = next(iter(answers.stats()["reasons"]), answers.stopped)
+            raise UserError(
+                f"Judge {endpoint.name} gave no usable verdict on {len(rows)} questions ({reason}): correct its "
+                "settings or take another judge, then start again."
+            )
         summary = summarize(rows, pairs, config)
         summary["judge"] = {**endpoint.public(), **answers.stats()}
         summary["judge"]["judges_itself"] = sorted(n for n, model in given.models.items() if model == endpoint.model)
         summary["choice"] = config.choice.model_dump(mode="json")
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder.path / "judgements.parquet")
-        (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (folder.path / "rubric.txt").write_text(RUBRIC + "\n")
+        (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (folder.path / "rubric.txt").write_text(RUBRIC + "\n", encoding="utf-8")
     return open_artifact(out, "judgement")
 
 
@@ -145,24 +151,36 @@ def question(given: Gathered, config: JudgeConfig, identifier: str, first: str, 
 
 
 def parse(answer: str) -> Verdict | str:
-    """The verdict in a judge's answer, or why there is none. Text around the JSON object is let be."""
-    why = "no JSON object"
+    """The verdict in a judge's answer, or why there is none.
+
+    The last JSON object that is a verdict counts: a judge that thinks aloud drafts some before it. Text around it is
+    ignored.
+    """
+    why, verdict, end = "no JSON object", None, 0
     decoder = json.JSONDecoder()
     for start in (i for i, c in enumerate(answer) if c == "{"):
-        try:
-            value, _ = decoder.raw_decode(answer, start)
-        except ValueError:
+        if start < end:  # inside the last object
             continue
+        try:
+            value, length = decoder.raw_decode(answer[start:])
+        except (ValueError, RecursionError):
+            continue
+        end = start + length
         try:
             verdict = Verdict.model_validate(value)
         except ValidationError as e:
             problem = e.errors(include_url=False)[0]
             why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            continue
-        if (verdict.score_a - verdict.score_b) * {"a": 1, "b": -1, "tie": 0}[verdict.better] < 0:
-            return "contradicts its scores"
-        return verdict
-    return why
+    if verdict is None:
+        return why
+    if (verdict.score_a - verdict.score_b) * {"a": 1, "b": -1, "tie": 0}[verdict.better] < 0:
+        return "contradicts its scores"
+    return verdict
+
+
+def _no_verdict(answer: str) -> str | None:
+    verdict = parse(answer)
+    return verdict if isinstance(verdict, str) else None
 
 
 def _row(given: Gathered, answers: Answers, number: int, identifier: str, first: str, second: str) -> dict[str, Any]:
@@ -170,12 +188,12 @@ def _row(given: Gathered, answers: Answers, number: int, identifier: str, first:
     row |= {"first": first, "second": second}
     answer = answers.answers[number]
     if answer is None:
+        unusable = answers.unusable.get(number)
+        row["answer"] = unusable.text if unusable else None
         return {**row, "unusable": answers.failures.get(number, "not asked: the cap")}
     row["answer"] = answer.text
     verdict = parse(answer.text)
-    if isinstance(verdict, str):
-        cut = " (the answer was cut off)" if answer.finish == "length" else ""
-        return {**row, "unusable": verdict + cut}
+    assert isinstance(verdict, Verdict), "unusable answers were sorted out before"
     row |= {"better": {"a": "first", "b": "second", "tie": "tie"}[verdict.better], "reason": verdict.reason}
     return {**row, "score_first": verdict.score_a, "score_second": verdict.score_b}
 

@@ -46,7 +46,7 @@ class ScoreStore:
         open_artifact(study, "study")
         self.folder = Path(scores)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.about = json.loads((Path(study) / "study.json").read_text())
+        self.about = json.loads((Path(study) / "study.json").read_text(encoding="utf-8"))
         self.lock = threading.Lock()
         self.sheets: dict[str, list[dict[str, Any]]] = {}
         for rater in self.about["raters"]:
@@ -66,7 +66,7 @@ class ScoreStore:
     def _links(self) -> dict[str, str]:
         """Raters by token; the same tokens after a restart."""
         path = self.folder / "links.json"
-        links = json.loads(path.read_text()) if path.is_file() else {}
+        links = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for rater in self.sheets:
             links.setdefault(rater, secrets.token_urlsafe(16))
         _write(path, json.dumps(links, indent=1), mode=0o600)
@@ -106,7 +106,7 @@ def application(store: ScoreStore) -> FastAPI:
     template = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).get_template("study.html.jinja")
-    static = {name: (here / name).read_text() for name in ("study.css", "study.js")}
+    static = {name: (here / name).read_text(encoding="utf-8") for name in ("study.css", "study.js")}
 
     def page(status: int = 200, **given: Any) -> HTMLResponse:
         everything = {"problem": None, "done": None, "row": None, **given}

@@ -8,7 +8,9 @@ computes what study_figures.py defines (`study-result`).
 import csv
 import io
 import json
+import math
 import random
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from feyntune.names import BASE
 from feyntune.study.figures import figures, markdown
 
 RENAMED = {"beginning": "prompt"}  # columns before 0.2
+LETTERS = "abcdefghjkmnpqrstuvwxyz"  # of names: spreadsheets turn 885588040149 and 12e4567 into other numbers
 SCALE = (1, 10)  # FeynTune's
 FIELDS = ["study", "rater", "number", "item", "prompt", "reference", "continuation", "score", "comment"]
 KEY = pa.schema([pa.field(c, pa.string(), nullable=False) for c in ("rater", "item", "id", "primary", "system")])
@@ -43,7 +46,8 @@ class StudyConfig(BaseModel):
 
     Attributes:
         raters: short names, better not the people's own: they stand in the results.
-        papers: drawn at random; `common` of them are scored by all raters, the others by one each.
+        papers: drawn at random; `common` of them are scored by all raters, the others by one each. By default 25 and
+            5, or fewer where all systems completed fewer; the key says how many.
         choice: which completions.
         show_reference: show the reference continuation. FeynTune does not say whether its raters saw it.
         rubric: what raters are told.
@@ -52,8 +56,14 @@ class StudyConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     raters: list[str] = Field(min_length=1)
-    papers: int = Field(25, ge=1)
-    common: int = Field(5, ge=0)
+    papers: int | None = Field(
+        None,
+        ge=1,
+        description="Papers drawn; by default 25, or as many as all systems completed where those are fewer.",
+    )
+    common: int | None = Field(
+        None, ge=0, description="Of them, those that all raters score; by default 5, or all where those are fewer."
+    )
     choice: Choice = Choice()
     show_reference: bool = False
     rubric: str = RUBRIC
@@ -102,16 +112,18 @@ def make(
         if name not in given.texts:
             raise UserError(f"There are no completions of {name}, only of {', '.join(given.texts)}.")
     shown = [name for name in given.texts if not systems or name in systems or name == BASE]
-    if len(given.papers) < config.papers:
-        raise UserError(f"All systems completed {len(given.papers)} papers, not {config.papers}: ask for fewer.")
-    if config.common > config.papers:
-        raise UserError(f"{config.common} common papers are more than all {config.papers}: ask for fewer.")
+    count = min(25, len(given.papers)) if config.papers is None else config.papers
+    common_count = min(5, count) if config.common is None else config.common
+    if len(given.papers) < count:
+        raise UserError(f"All systems completed {len(given.papers)} papers, not {count}: ask for fewer.")
+    if common_count > count:
+        raise UserError(f"{common_count} common papers are more than all {count}: ask for fewer.")
 
     seed = secrets.randbits(63) if seed is None else seed
     draw = random.Random(seed)
-    papers = draw.sample(sorted(given.papers), config.papers)
-    common, single = papers[: config.common], papers[config.common :]
-    name = f"{draw.getrandbits(48):012x}"
+    papers = draw.sample(sorted(given.papers), count)
+    common, single = papers[:common_count], papers[common_count:]
+    name = "".join(draw.choices(LETTERS, k=12))
     used: set[str] = set()
     sheets: dict[str, list[dict[str, Any]]] = {}
     hidden: list[dict[str, str]] = []
@@ -141,6 +153,7 @@ def make(
                 )
     hidden.sort(key=lambda r: r["item"])
     settings = {"study": name, "seed": seed, "systems": shown, **config.model_dump(mode="json")}
+    settings |= {"papers": count, "common": common_count}
     inputs = {k: v for k, v in given.inputs().items() if k == "test" or k.removeprefix("completions of ") in shown}
     with write_artifact(key, "study-key", inputs, settings) as folder:
         pq.write_table(pa.Table.from_pylist(hidden, KEY), folder.path / "key.parquet")
@@ -150,14 +163,16 @@ def make(
         (folder.path / "sheets").mkdir()
         for rater, rows in sheets.items():
             (folder.path / "sheets" / f"{rater}.csv").write_text(sheet(rows), encoding="utf-8-sig", newline="")
-        (folder.path / "study.json").write_text(json.dumps(public, indent=1, ensure_ascii=False) + "\n")
+        (folder.path / "study.json").write_text(
+            json.dumps(public, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return open_artifact(out, "study")
 
 
 def _fresh(draw: random.Random, used: set[str]) -> str:
-    """A name that says nothing: letters only, as spreadsheets turn `12e4567` into a number."""
+    """A random name."""
     while True:
-        item = "".join(draw.choices("abcdefghjkmnpqrstuvwxyz", k=8))
+        item = "".join(draw.choices(LETTERS, k=8))
         if item not in used:
             used.add(item)
             return item
@@ -190,18 +205,25 @@ class Problem(BaseModel):
 
 
 def read_sheet(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line, row) of a sheet; commas, semicolons and tabs all serve, as spreadsheets choose by their language.
+    """(line, row) of a sheet as any spreadsheet saves it in any language.
+
+    Separators are commas, semicolons or tabs; a first line `sep=;` is skipped; UTF-8 and UTF-16 are read with and
+    without a byte order mark, and what is neither as Windows-1252 (only comments can differ).
 
     Raises:
-        UserError: not UTF-8, no header, or a column is missing.
+        UserError: the file cannot be read, has no header, or a column is missing.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        raw = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}.") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 at byte {e.start}: save it as CSV UTF-8.") from e
-    header = text.partition("\n")[0]
+    if raw.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path} is a spreadsheet, not CSV: save it as CSV UTF-8.")
+    text = _decode(raw)
+    skipped = 0
+    if re.match(r"sep=.\r?\n", text):
+        text, skipped = text.partition("\n")[2], 1
+    header = text.lstrip("\ufeff").partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
     missing = [f for f in ("study", "rater", "item", "score") if f not in (reader.fieldnames or [])]
     if missing:
@@ -209,9 +231,25 @@ def read_sheet(path: Path) -> list[tuple[int, dict[str, str]]]:
     rows, line = [], reader.line_num
     for row in reader:
         # A cell may hold line breaks: the row begins after the row before it.
-        rows.append((line + 1, {RENAMED.get(k, k): v or "" for k, v in row.items() if isinstance(v, str | None) and k}))
+        rows.append(
+            (
+                skipped + line + 1,
+                {RENAMED.get(k, k): v or "" for k, v in row.items() if isinstance(v, str | None) and k},
+            )
+        )
         line = reader.line_num
     return rows
+
+
+def _decode(raw: bytes) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16", errors="replace")
+    if b"\0" in raw[:200]:
+        return raw.decode("utf-16-be" if raw[:1] == b"\0" else "utf-16-le", errors="replace")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("cp1252", errors="replace")
 
 
 def check(
@@ -230,11 +268,11 @@ def check(
             where = {"file": str(path), "line": line}
             bad = lambda field, fix, where=where: problems.append(Problem(**where, field=field, fix=fix))
             item = row["item"].strip()
-            if row["study"].strip() != study:
+            if not _same(row["study"], study):
                 bad("study", f"{row['study'].strip()!r} is another study than {study}, return the sheet of this one")
             elif item not in items:
                 bad("item", f"{item!r} is not in the study, restore the name from the sheet handed out")
-            elif row["rater"].strip() != items[item]["rater"]:
+            elif not _same(row["rater"], items[item]["rater"]):
                 bad("rater", f"item {item} belongs to {items[item]['rater']}, restore the name")
             elif item in seen:
                 bad("item", "{} is there already ({}, line {}), remove one of the rows".format(item, *seen[item]))
@@ -246,6 +284,18 @@ def check(
                 elif score is not None:
                     scored[item] = {**items[item], "score": score, "comment": row.get("comment") or None}
     return [scored[item] for item in sorted(scored)], problems
+
+
+def _same(cell: str, name: str) -> bool:
+    """Whether a cell is `name`, perhaps as a spreadsheet writes it: 01 as 1, 885588040149 as 8,85588E+11."""
+    cell = cell.strip()
+    if cell == name:
+        return True
+    try:
+        number, expected = float(cell.replace(",", ".")), float(name)
+    except ValueError:
+        return False
+    return math.isfinite(expected) and math.isclose(number, expected, rel_tol=1e-5)
 
 
 def _score(text: str) -> int | str | None:
@@ -300,6 +350,8 @@ def score(
     inputs = {**hidden.inputs, "study": sealed.digest, "key": hidden.digest}
     with write_artifact(out, "study-result", inputs, config) as folder:
         pq.write_table(pa.Table.from_pylist(ratings, RATINGS), folder.path / "ratings.parquet")
-        (folder.path / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        (folder.path / "summary.md").write_text(markdown(summary))
+        (folder.path / "summary.json").write_text(
+            json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (folder.path / "summary.md").write_text(markdown(summary), encoding="utf-8")
     return open_artifact(out, "study-result")

@@ -1,5 +1,6 @@
 """Asking endpoints: over real HTTP, with real faults, killed and resumed."""
 
+import errno
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ def server():
 
 def endpoint(server, **changes):
     settings = {"name": "some-model", "base_url": server.url, "model": "big-1", "price_in": 1, "price_out": 10}
-    settings |= {"cap": 100, "timeout": 10, "at_once": 1}
+    settings |= {"cap": 100, "timeout": 10, "max_concurrent_requests": 1}
     return Endpoint.model_validate({**settings, **changes})
 
 
@@ -45,7 +46,7 @@ def texts(answers):
 
 def test_answers_come_in_the_order_of_the_questions_and_several_at_once(server, tmp_path):
     server.before_answer = lambda number: time.sleep(0.05 * (number % 3))
-    result = ask(endpoint(server, at_once=4), questions(20), tmp_path)
+    result = ask(endpoint(server, max_concurrent_requests=4), questions(20), tmp_path)
     assert texts(result) == [f"echo word {i}" for i in range(20)]
     assert 1 < server.most_at_once <= 4
 
@@ -103,7 +104,7 @@ def test_a_torn_last_line_is_asked_again_and_a_damaged_journal_is_refused(server
         ask(endpoint(server), questions(3), tmp_path)
 
 
-def test_two_runs_cannot_pay_for_the_same_at_once(server, tmp_path):
+def test_two_runs_cannot_pay_for_the_same_max_concurrent_requests(server, tmp_path):
     inside, go = threading.Event(), threading.Event()
     server.before_answer = lambda number: (inside.set(), go.wait(30))
     one = threading.Thread(target=ask, args=(endpoint(server), questions(1), tmp_path))
@@ -152,7 +153,7 @@ def test_an_endpoint_that_keeps_failing_is_given_up_with_what_it_gave_kept(serve
     assert server.answered == 50
 
 
-def test_an_unknown_model_is_said_at_once(server, tmp_path):
+def test_an_unknown_model_is_said_max_concurrent_requests(server, tmp_path):
     server.always = "404"
     with pytest.raises(UserError, match="big-1 does not exist"):
         ask(endpoint(server), questions(50), tmp_path)
@@ -175,10 +176,10 @@ def test_an_answer_without_counts_costs_the_most_it_can(server, tmp_path):
     assert stats["cost"] > 2 * 50 * 10 / 1e6
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_the_cap_is_never_passed_and_what_there_is_is_given(server, tmp_path, at_once):
+@pytest.mark.parametrize("max_concurrent_requests", [1, 4])
+def test_the_cap_is_never_passed_and_what_there_is_is_given(server, tmp_path, max_concurrent_requests):
     server.answer = lambda body: "word " * 100  # exactly as long as it may be
-    capped = endpoint(server, max_tokens=100, cap=0.0105, at_once=at_once)
+    capped = endpoint(server, max_tokens=100, cap=0.0105, max_concurrent_requests=max_concurrent_requests)
     result = ask(capped, questions(50), tmp_path)
     assert 0.008 < result.spent <= 0.0105
     assert result.stopped
@@ -199,7 +200,8 @@ RUN = textwrap.dedent(
     from pathlib import Path
     from feyntune.judging.endpoints import Endpoint, Question, ask
     from feyntune.errors import Interrupted
-    e = Endpoint(name="m", base_url=sys.argv[1], model="b", price_in=1, price_out=1, cap=9, at_once=2, timeout=60)
+    settings = {"price_in": 1, "price_out": 1, "cap": 9, "max_concurrent_requests": 2, "timeout": 60}
+    e = Endpoint(name="m", base_url=sys.argv[1], model="b", **settings)
     try:
         result = ask(e, [Question("", f"word {i}") for i in range(12)], Path(sys.argv[2]))
     except Interrupted as stop:
@@ -292,7 +294,8 @@ def test_a_file_of_endpoints(tmp_path, monkeypatch):
         (("key_env: K", "key: sk-secret-1"), "endpoints.0.key: Extra inputs are not permitted"),
         (("api.example/v1/", "me:sk-secret-1@api.example/v1"), "must hold no key"),
         (("v1/", "v1?key=sk-secret-1"), "must hold no key"),
-        (("cap: 5,", ""), "endpoints.0.cap: Field required"),
+        (("cap: 5,", ""), "a price needs a cap"),
+        (("cap: 5,", "cap: 5, at_once: 2,"), "at_once is now called max_concurrent_requests"),
         (("key_env: K", "key_env: K, key_file: /x"), "not both"),
         (("name: judge", "name: base"), "choose another"),
         (("name: judge", "name: other"), "the same name"),
@@ -304,3 +307,61 @@ def test_a_file_that_is_wrong_is_refused_with_the_field_and_without_its_value(tm
     with pytest.raises(UserError, match=message) as given:
         load_endpoints(write(tmp_path / "e.yaml", GOOD.replace(*change)))
     assert "sk-secret-1" not in str(given.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "finish", "text", "reason"),
+    [
+        (None, "length", None, "raise max_tokens (1024)"),
+        ("", "stop", None, "no text"),
+        ("<think>so long that", "length", None, "raise max_tokens (1024)"),
+        ("<think>hm</think>\n fine", "stop", "\n fine", None),
+        ([{"type": "thinking", "thinking": []}, {"type": "text", "text": "fine"}], "stop", "fine", None),
+        (None, "content_filter", None, "refused"),
+    ],
+)
+def test_answers_without_text_are_told_apart_and_asked_again(server, tmp_path, content, finish, text, reason):
+    server.message, server.finish = {"role": "assistant", "content": content}, finish
+    result = ask(endpoint(server), questions(1), tmp_path)
+    assert texts(result) == [text]
+    assert (reason is None) == (not result.failures)
+    if reason:
+        assert reason in result.failures[0]
+        assert result.stats()["unusable"] == 1
+        server.message = None
+        assert texts(ask(endpoint(server), questions(1), tmp_path)) == ["echo word 0"]
+
+
+def test_usage_that_is_null_is_counted_as_the_most_it_can_be(server, tmp_path):
+    server.faults = {1: "null usage"}
+    result = ask(endpoint(server), questions(1), tmp_path)
+    assert texts(result) == ["echo word 0"]
+    assert result.stats()["not_metered"] == 1
+
+
+@pytest.mark.parametrize("fault", ["402", "quota"])
+def test_an_account_without_money_stops_at_once(server, tmp_path, fault):
+    server.always = fault
+    with pytest.raises(UserError, match="gives no answers"):
+        ask(endpoint(server, retries=0, max_concurrent_requests=1), questions(5), tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_a_refused_setting_is_named(server, tmp_path):
+    server.always = "temperature"
+    with pytest.raises(UserError, match="set temperature: null"):
+        ask(endpoint(server, retries=0, max_concurrent_requests=1), questions(9), tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_serves(server, tmp_path, monkeypatch, number):
+    def no_locks(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("feyntune.judging.endpoints.fcntl.flock", no_locks)
+    assert texts(ask(endpoint(server), questions(2), tmp_path)) == ["echo word 0", "echo word 1"]
+
+
+def test_a_local_endpoint_needs_no_price_and_no_cap():
+    local = Endpoint.model_validate({"name": "local", "base_url": "http://127.0.0.1:1/v1", "model": "m"})
+    assert (local.price_in, local.price_out, local.cap) == (0, 0, None)

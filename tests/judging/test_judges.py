@@ -81,7 +81,7 @@ def test_a_judge_that_always_prefers_one_place_is_seen_and_decides_nothing(serve
 
 
 def test_the_judge_sees_texts_in_both_orders_and_no_name(server, folders, tmp_path):
-    judge(folders, endpoint(server, at_once=1), tmp_path / "out", QUICK)
+    judge(folders, endpoint(server, max_concurrent_requests=1), tmp_path / "out", QUICK)
     given = gather(folders, QUICK.choice)
     asked = [body["messages"][-1]["content"] for body in server.requests]
     assert len(asked) == 2 * 2 * 8
@@ -119,6 +119,11 @@ def test_all_pairs(server, folders, tmp_path):
         ('{"score_a": 7, "score_b": 3, "better": "both"}', "better: Input should be 'a', 'b' or 'tie'"),
         ('{"score_a": 7, "better": "A"}', "score_b: Field required"),
         ('{"score_a": 7, "score_b": 3, "better": "B"}', "contradicts its scores"),
+        (
+            'First {"score_a": 2, "score_b": 9, "better": "B"}? No: {"score_a": 7, "score_b": 3, "better": "A"}',
+            Verdict(score_a=7, score_b=3, better="a"),
+        ),
+        ("{" * 5000, "no JSON object"),
     ],
 )  # fmt: skip
 def test_verdicts_and_what_is_none(answer, result):
@@ -129,7 +134,7 @@ def test_answers_of_no_use_are_counted_and_kept(server, folders, tmp_path):
     useless = {3: "I cannot judge this.", 6: '{"score_a": 7, "score_b": 3, "better": "B"}'}
     server.answer = lambda body: useless.get(len(server.requests), "") or fair_judge(body)
     server.faults = {9: "400"}
-    judge(folders, endpoint(server, at_once=1, retries=0), tmp_path / "out", QUICK)
+    judge(folders, endpoint(server, max_concurrent_requests=1, retries=0), tmp_path / "out", QUICK)
     summary = summary_of(tmp_path / "out")
     assert (summary["unusable"]["count"], summary["unusable"]["of"]) == (3, 32)
     assert {"no JSON object": 1, "contradicts its scores": 1}.items() <= summary["unusable"]["reasons"].items()
@@ -141,8 +146,28 @@ def test_answers_of_no_use_are_counted_and_kept(server, folders, tmp_path):
     assert summary["judge"]["failed"] == 1
 
 
+def test_unusable_verdicts_are_asked_again_by_the_same_command(server, folders, tmp_path):
+    server.answer = lambda body: "Hmm." if len(server.requests) == 3 else fair_judge(body)
+    once = endpoint(server, max_concurrent_requests=1)
+    judge(folders, once, tmp_path / "out", QUICK)
+    assert summary_of(tmp_path / "out")["unusable"]["reasons"] == {"no JSON object": 1}
+    judge(folders, once, tmp_path / "out", QUICK)
+    assert summary_of(tmp_path / "out")["unusable"]["count"] == 0
+    assert len(server.requests) == 33
+
+
+def test_a_judge_without_any_verdict_is_an_error_that_says_why(server, folders, tmp_path):
+    server.answer = lambda body: "I like both."
+    with pytest.raises(UserError, match=r"no usable verdict on 32 questions \(no JSON object\)"):
+        judge(folders, endpoint(server), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+    server.answer = fair_judge
+    judge(folders, endpoint(server), tmp_path / "other", QUICK)  # the useless answers are not reused
+    assert summary_of(tmp_path / "other")["judge"]["answers"] == 32
+
+
 def test_a_cap_leaves_whole_papers_and_says_so(server, folders, tmp_path):
-    capped = endpoint(server, cap=0.004, max_tokens=100, at_once=1)
+    capped = endpoint(server, cap=0.004, max_tokens=100, max_concurrent_requests=1)
     judge(folders, capped, tmp_path / "out", QUICK)
     summary = summary_of(tmp_path / "out")
     assert 4 < summary["judge"]["answers"] < 32

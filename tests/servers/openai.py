@@ -27,6 +27,10 @@ FAULTS = (
     "cut",  # the connection ends in the middle of the body
     "unmetered",  # a good answer without `usage`
     "length",  # an answer that met its limit
+    "null usage",  # usage without numbers
+    "402",  # no money left (DeepSeek)
+    "quota",  # no money left (OpenAI)
+    "temperature",  # a setting the model does not take
 )
 
 
@@ -46,6 +50,8 @@ class OpenAI:
     times: list[float] = field(default_factory=list)
     answered: int = 0  # requests that were paid for
     most_at_once: int = 0
+    message: dict[str, Any] | None = None  # in place of the message of a chat answer
+    finish: str | None = None
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -83,6 +89,12 @@ class OpenAI:
             return _error(500, "The server had an error.", "server_error")
         if fault == "400":
             return _error(400, "The content was filtered.", "content_filter")
+        if fault == "402":
+            return _error(402, "Insufficient Balance", "invalid_request_error")
+        if fault == "quota":
+            return _error(429, "You exceeded your current quota.", "insufficient_quota")
+        if fault == "temperature":
+            return _error(400, "Unsupported value: 'temperature' does not support 0.7.", "unsupported_value")
         if fault == "stall":
             time.sleep(self.stall)
         chat = request.path == "/v1/chat/completions"
@@ -101,6 +113,8 @@ class OpenAI:
             "model": body["model"],
             "choices": [{"index": 0, "finish_reason": finish, **part}],
         }
+        if self.message is not None:
+            answer["choices"][0] |= {"message": self.message, "finish_reason": self.finish}
         if fault != "unmetered":
             sizes = (len(asked.split()), len(text.split()))
             answer["usage"] = {
@@ -108,6 +122,8 @@ class OpenAI:
                 "completion_tokens": sizes[1],
                 "total_tokens": sum(sizes),
             }
+        if fault == "null usage":
+            answer["usage"] = {"prompt_tokens": None, "completion_tokens": None, "total_tokens": None}
         with self.lock:
             self.answered += 1
         raw = json.dumps(answer).encode()

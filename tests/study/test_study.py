@@ -270,3 +270,60 @@ def test_one_rater_alone_has_no_agreement(folders, tmp_path):
 
 def test_categories():
     assert [category(n) for n in ("base", QKV, ALL, "claude-3.5")] == ["base", "lora-qkv", "lora-all", "other models"]
+
+
+def excel(text, separator, encoding, prefix=""):
+    """A sheet as Excel saves it: numbers lose leading zeros and long ones become 8.85588E+11."""
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=separator, lineterminator="\r\n")
+    writer.writeheader()
+    for row in rows:
+        row["rater"] = str(int(row["rater"])) if row["rater"].isdigit() else row["rater"]
+        writer.writerow({**row, "score": "7", "comment": "schön"})
+    return (prefix + out.getvalue()).encode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding", "prefix"),
+    [
+        (";", "utf-8-sig", ""),
+        (",", "utf-8", ""),
+        ("\t", "utf-16", ""),
+        ("\t", "utf-16-le", ""),
+        (";", "cp1252", ""),
+        (";", "utf-8", "sep=;\r\n"),
+    ],
+)
+def test_sheets_back_from_any_spreadsheet_are_read(folders, tmp_path, separator, encoding, prefix):
+    make(folders, tmp_path / "study", tmp_path / "key", StudyConfig(raters=["01", "02"], papers=4, common=1), seed=11)
+    back = tmp_path / "back"
+    back.mkdir()
+    for path in (tmp_path / "study" / "sheets").glob("*.csv"):
+        text = path.read_bytes().decode("utf-8-sig").replace("…", "...")  # cp1252 has no U+2026 of ours to lose
+        (back / path.name).write_bytes(excel(text, separator, encoding, prefix))
+    score(tmp_path / "study", tmp_path / "key", [back], tmp_path / "result", resamples=99)
+    ratings = pq.read_table(tmp_path / "result" / "ratings.parquet").to_pylist()
+    assert {(r["score"], r["comment"]) for r in ratings} == {(7, "schön")}
+    assert {r["rater"] for r in ratings} == {"01", "02"}
+
+
+def test_names_hold_nothing_a_spreadsheet_takes_for_a_number(folders, tmp_path):
+    for seed in range(257, 262):
+        made = make(folders, tmp_path / f"s{seed}", tmp_path / f"k{seed}", CONFIG, seed=seed)
+        assert made.config["study"].isalpha()
+
+
+def test_a_study_of_an_earlier_version_with_a_number_for_a_name_is_scored():
+    from feyntune.study.study import _same
+
+    assert _same("8.85588E+11", "885588040149")
+    assert _same("8,85588E+11", "885588040149")
+    assert not _same("8.85588E+11", "885588999999999")
+    assert not _same("2", "01")
+
+
+def test_by_default_a_study_takes_what_all_systems_completed(folders, tmp_path):
+    make(folders, tmp_path / "study", tmp_path / "key", StudyConfig(raters=["ann"]), seed=1)
+    assert open_artifact(tmp_path / "key").config["papers"] == 10  # the test papers there are
+    assert open_artifact(tmp_path / "key").config["common"] == 5
