@@ -44,7 +44,7 @@ def server():
 @pytest.fixture
 def folders(tmp_path):
     one = make_evaluation(tmp_path / "base", {"base": lambda n: f"poor {n}"})
-    mixed = lambda n: f"{'truncated' if n % 2 else 'poor'} tries {n}"
+    mixed = lambda n: f"{'fair' if n % 2 else 'poor'} tries {n}"
     return [one, make_evaluation(tmp_path / "both", {QKV: mixed, ALL: lambda n: f"good {n}"})]
 
 
