@@ -43,6 +43,7 @@ def ask(
     config = validated(AskConfig, {"papers": papers, "rule": rule, "split": split_})
     stats = ask(evaluation, selected, out, config).stats
     lines = [f"{n}: {f['answers']} of {f['questions']} answers, cost {f['cost']:.4g}" for n, f in stats.items()]
+    lines += [f"{n}: {count} without: {reason}" for n, f in stats.items() for reason, count in f["reasons"].items()]
     print_result(stats, as_json, "\n".join(lines))
 
 
@@ -73,7 +74,10 @@ def judge(
         rate = "no paper judged" if w["low"] is None else f"{w['mean']:.0%} [{w['low']:.0%}, {w['high']:.0%}]"
         lines.append(f"{d['system']} against {d['against']}: {rate} of {d['papers']} papers")
     about, unusable = summary["judge"], summary["unusable"]
-    lines.append(f"{about['answers']} answers, {unusable['count']} unusable, cost {about['cost']:.4g}")
+    lines.append(f"{about['answers']} usable answers of {unusable['of']}, cost {about['cost']:.4g}")
+    lines += [f"unusable, {count}: {reason}" for reason, count in unusable["reasons"].items()]
+    if unusable["count"]:
+        lines.append("Start the same command again to ask for those again.")
     print_result(summary, as_json, "\n".join(lines))
 
 
@@ -86,8 +90,10 @@ def study_make(
     rater: Annotated[list[str], typer.Option(help="Short name of a rater; repeatable.")],
     out: Out,
     key: Annotated[Path, typer.Option(help="Folder to write the key to; raters must not see it.")],
-    papers: Annotated[int, typer.Option(help="Number of papers drawn.")] = 25,
-    common: Annotated[int, typer.Option(help="Number of them that all raters score.")] = 5,
+    papers: Annotated[
+        int | None, typer.Option(help="Number of papers drawn; by default 25, or all that every system completed.")
+    ] = None,
+    common: Annotated[int | None, typer.Option(help="Number of them that all raters score; by default 5.")] = None,
     system: Annotated[list[str] | None, typer.Option(help="System beside the base; repeatable; all by default.")] = (
         None
     ),
