@@ -5,6 +5,7 @@ this file.
 """
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,10 @@ class QueueFullError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine's thread has ended or stands still: only a restart helps."""
+
+
+class NonFiniteError(EngineError):
+    """What the model computed for a request is not finite; the other requests are not affected."""
 
 
 class InvalidAdapterError(EngineError):
@@ -62,17 +67,27 @@ class EngineSettings:
     stall_seconds: float = 120.0
 
 
+GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature overflow
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a completion is drawn.
 
     Args:
         max_tokens: most tokens, at least 1.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is what is below GREEDY_BELOW.
+        top_k: keep the most likely tokens, so many; 0 keeps every token.
+        min_p: keep tokens at least so likely as this share of the most likely one (arXiv 2407.01082); 0 keeps all.
+        min_tokens: neither EOS nor a stop token before so many.
+        repetition_penalty: divides the logits of tokens already seen, prompt included; 1 changes nothing.
+        frequency_penalty, presence_penalty: taken from the logits of completed tokens, each time and once.
+        logit_bias: (token id, added to its logit).
+        stop_token_ids: end the completion as EOS does.
         top_p: nucleus sampling (arXiv 1904.09751 §3.1); 1 keeps every token.
         seed: equal seeds give equal completions, whatever shares the batch; None draws one.
         logprobs: how many alternatives to report at each token; None reports no log probabilities.
-        ignore_eos: go on to max_tokens (for measurements).
+        ignore_eos: continue to max_tokens (for measurements).
     """
 
     max_tokens: int
@@ -81,6 +96,24 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def adjusts_logits(self) -> bool:
+        return bool(
+            self.repetition_penalty != 1
+            or self.frequency_penalty
+            or self.presence_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +128,8 @@ class Token:
 class Generation(Protocol):
     """A submitted request: iterate over its tokens as they are made.
 
-    The iteration ends after EOS (which is given) or max_tokens. It raises EngineDeadError when the engine fails.
+    The iteration ends after EOS (which is given) or max_tokens. It raises EngineDeadError when the engine fails,
+    NonFiniteError when the numbers of this request are not finite.
     """
 
     def __aiter__(self) -> AsyncIterator[Token]: ...
@@ -122,6 +156,10 @@ class Engine(Protocol):
     def alive(self) -> bool: ...
     def load(self) -> Load: ...
 
+    def hold(self, adapter: str | None) -> AbstractContextManager[None]:
+        """Keep an adapter loaded while the context lasts, also when it is unloaded meanwhile."""
+        ...
+
     def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling) -> Generation:
         """Queue a request for the adapter loaded as `adapter` (None: the base).
 
@@ -137,7 +175,11 @@ class Engine(Protocol):
         ...
 
     async def score(self, adapter: str | None, tokens: Sequence[int], top: int) -> list[Token]:
-        """The log probability of each token after those before it; the first has none."""
+        """The log probability of each token after those before it; the first has none.
+
+        Raises:
+            QueueFullError, EngineDeadError, NonFiniteError: as `submit` and its generation do.
+        """
         ...
 
     async def load_adapter(self, key: str, folder: Path) -> None:

@@ -16,11 +16,12 @@ tokens alone and would give one adapter's keys and values to another.
 
 import asyncio
 import itertools
+import queue
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,17 +33,21 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from feyntune.engine.api import (
+    GREEDY_BELOW,
     ContextLengthError,
     EngineDeadError,
     EngineSettings,
     InvalidAdapterError,
     Load,
     NoFreeSlotError,
+    NonFiniteError,
     QueueFullError,
     Sampling,
     Token,
 )
+from feyntune.engine.attention import NO_CACHE, install_attention
 from feyntune.engine.lora import Slots, Weights, install, read_adapter
+from feyntune.engine.sampling import adjust, draw, with_log_probabilities
 from feyntune.model.packed import backbone, head
 
 T = TypeVar("T")
@@ -53,6 +58,17 @@ PAGE = 16  # tokens of the cache given out at once
 class _Slot:
     index: int
     users: int = 0
+    retired: bool = False  # unloaded, and freed once nobody uses it
+
+
+@dataclass(eq=False)
+class _Scoring:
+    """A text whose log probabilities are asked for."""
+
+    slot: _Slot | None
+    tokens: list[int]
+    top: int
+    result: "asyncio.Future[list[Token]]"
 
 
 @dataclass(eq=False)
@@ -70,6 +86,7 @@ class Running:
     delivered: int = 0
     admitted: bool = False
     over: bool = False
+    non_finite: bool = False  # set by the engine's thread, before delivery
 
     @property
     def length(self) -> int:
@@ -101,11 +118,14 @@ class BatchingEngine:
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.max_length = min(model.config.max_position_embeddings, settings.cache_tokens // PAGE * PAGE)
         self._eos = list(eos)
+        install_attention()
         self._slots, self._layers = install(model, settings.max_adapters, settings.max_rank, model.dtype)
         self._adapters: dict[str, _Slot] = {}
-        self._retired: list[_Slot] = []
         self._requests: dict[str, Running] = {}  # admitted ones; read by the engine's thread
         self._waiting: deque[Running] = deque()
+        self._scores: deque[_Scoring] = deque()
+        self._scorer: asyncio.Task[None] | None = None
+        self._pause_changed = 0.0  # when the loop was last paused or resumed for scores or adapters, monotonic
         self._reserved = 0
         self._ids = itertools.count()
         self._seconds = 1.0  # of a request, smoothed: for Retry-After
@@ -117,8 +137,11 @@ class BatchingEngine:
         self._manager.start()
 
     def stop(self) -> None:
+        if self._scorer is not None:
+            self._scorer.cancel()
         self._manager.stop(block=True, timeout=30, hard_stop=True)
-        self._manager.destroy()
+        if not self._manager.is_running():  # else it hangs in a step: `destroy` would wait for it without a limit
+            self._manager.destroy()
 
     def alive(self) -> bool:
         """Whether the thread runs and, if it has work, has made a step within `stall_seconds`."""
@@ -127,11 +150,23 @@ class BatchingEngine:
         oldest = next(iter(self._requests.values()), None)
         if oldest is None:
             return True
-        since = max(self._manager.last_step, oldest.submitted)
+        since = max(self._manager.last_step, oldest.submitted, self._pause_changed)
         return time.monotonic() - since < self.settings.stall_seconds
 
     def load(self) -> Load:
-        return Load(len(self._requests), len(self._waiting), len(self._adapters), self._manager.steps)
+        adapters = sum(not slot.retired for slot in self._adapters.values())
+        return Load(len(self._requests), self._queued, adapters, self._manager.steps)
+
+    @property
+    def _queued(self) -> int:
+        return len(self._waiting) + len(self._scores)
+
+    def _check_queue(self) -> None:
+        if not self.alive():
+            raise EngineDeadError("The engine has stopped; the server must be restarted.")
+        if self._queued >= self.settings.queue:
+            wait = self._seconds * self._queued / self.settings.batch_requests
+            raise QueueFullError(f"{self._queued} requests are waiting already: try again later.", max(1, round(wait)))
 
     def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling) -> Running:
         if not prompt or not all(0 <= t < self.vocabulary for t in prompt) or sampling.max_tokens < 1:
@@ -141,13 +176,7 @@ class BatchingEngine:
                 f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: together they exceed "
                 f"the model's {self.max_length}. Shorten the prompt or lower max_tokens."
             )
-        if not self.alive():
-            raise EngineDeadError("The engine has stopped; the server must be restarted.")
-        if len(self._waiting) >= self.settings.queue:
-            wait = self._seconds * len(self._waiting) / self.settings.batch_requests
-            raise QueueFullError(
-                f"{len(self._waiting)} requests are waiting already: try again later.", max(1, round(wait))
-            )
+        self._check_queue()
         slot = self._acquire_slot(adapter)
         request = Running(
             id=str(next(self._ids)),
@@ -162,7 +191,7 @@ class BatchingEngine:
         return request
 
     def _generator(self, sampling: Sampling) -> torch.Generator | None:
-        if sampling.temperature == 0:
+        if sampling.temperature < GREEDY_BELOW:
             return None
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return torch.Generator(self.model.device).manual_seed(seed)
@@ -184,13 +213,21 @@ class BatchingEngine:
                 request_id=request.id,
                 max_new_tokens=request.sampling.max_tokens,
                 streaming=True,
-                eos_token_id=-1 if request.sampling.ignore_eos else self._eos,
+                eos_token_id=self._end_tokens(request.sampling),  # type: ignore[arg-type]
             )
             if accepted is None:
-                self._end(request, EngineDeadError("The engine has stopped; the server must be restarted."))
+                self._finish(request, EngineDeadError("The engine has stopped; the server must be restarted."))
+
+    def _end_tokens(self, sampling: Sampling) -> int | list[int]:
+        eos = [] if sampling.ignore_eos else self._eos
+        return [*eos, *sampling.stop_token_ids] or -1
 
     def _deliver(self, request: Running, out: GenerationOutput) -> None:
         if request.over:
+            return
+        if request.non_finite:
+            self._manager.cancel_request(request.id)
+            self._end(request, NonFiniteError("What the model computed for this request is not finite."))
             return
         for i in range(request.delivered, len(out.generated_tokens)):
             known = request.log_probabilities
@@ -200,6 +237,10 @@ class BatchingEngine:
             self._end(request, EngineDeadError(f"The engine failed: {out.error}") if out.error else None)
 
     def _end(self, request: Running, error: Exception | None) -> None:
+        self._finish(request, error)
+        self._admit()
+
+    def _finish(self, request: Running, error: Exception | None) -> None:
         request.over = True
         request.tokens.put_nowait(error)
         if request.admitted:
@@ -209,7 +250,6 @@ class BatchingEngine:
                 self._manager.output_router.result_handlers.pop(request.id, None)
             self._seconds += 0.1 * (time.monotonic() - request.submitted - self._seconds)
         self._release_slot(request.slot)
-        self._admit()
 
     def cancel(self, request: Running) -> None:  # type: ignore[override]
         if request.over:
@@ -221,29 +261,73 @@ class BatchingEngine:
         self._end(request, None)
 
     async def score(self, adapter: str | None, tokens: Sequence[int], top: int) -> list[Token]:
-        slot = self._acquire_slot(adapter)
+        self._check_queue()
+        job = _Scoring(self._acquire_slot(adapter), list(tokens), top, asyncio.get_running_loop().create_future())
+        self._scores.append(job)
+        if self._scorer is None or self._scorer.done():
+            self._scorer = asyncio.create_task(self._score_queue())
         try:
-            return await self._run_while_paused(self._score, slot.index if slot else 0, list(tokens), top)
+            return await job.result
         finally:
-            self._release_slot(slot)
+            with suppress(ValueError):  # it has begun
+                self._scores.remove(job)
+            self._release_slot(job.slot)
+
+    async def _score_queue(self) -> None:
+        """Score what waits, so many texts at once as fit a step; the batch makes a step between two groups."""
+        while self._scores:
+            group = [self._scores.popleft()]
+            while self._scores and sum(len(j.tokens) for j in [*group, self._scores[0]]) <= self.settings.batch_tokens:
+                group.append(self._scores.popleft())
+            try:
+                results: list[list[Token] | Exception] = await self._run_while_paused(self._score, group)
+            except Exception as e:
+                results = [e] * len(group)
+            for job, result in zip(group, results, strict=True):
+                if job.result.done():  # whoever asked has gone
+                    continue
+                if isinstance(result, Exception):
+                    job.result.set_exception(result)
+                else:
+                    job.result.set_result(result)
+            self._admit()
 
     @torch.no_grad()
-    def _score(self, slot: int, tokens: list[int], top: int) -> list[Token]:
-        scored = [Token(tokens[0])]
+    def _score(self, group: Sequence[_Scoring]) -> list[list[Token] | Exception]:
+        results: list[list[Token] | Exception] = []
         with self._paused():
-            hidden = self._hidden(slot, tokens)
-            for start in range(0, len(tokens) - 1, 256):  # in parts: [tokens, vocabulary] would be large
-                after = torch.tensor(tokens[start + 1 : start + 257], device=hidden.device)
-                logits = head(self.model)(hidden[start : start + len(after)]).float()
-                scored += _with_log_probabilities(logits, after, top)
+            hidden = self._hidden([(job.slot.index if job.slot else 0, job.tokens) for job in group])
+            for job, states in zip(group, hidden, strict=True):
+                results.append(self._log_probabilities(job, states))
+        return results
+
+    def _log_probabilities(self, job: _Scoring, hidden: torch.Tensor) -> list[Token] | Exception:
+        if not torch.isfinite(hidden).all():
+            return NonFiniteError("What the model computed for this request is not finite.")
+        scored = [Token(job.tokens[0])]
+        for start in range(0, len(job.tokens) - 1, 256):  # in parts: [tokens, vocabulary] would be large
+            after = torch.tensor(job.tokens[start + 1 : start + 257], device=hidden.device)
+            logits = head(self.model)(hidden[start : start + len(after)]).float()
+            scored += with_log_probabilities(logits, after, job.top)
         return scored
 
     @torch.no_grad()
-    def _hidden(self, slot: int, tokens: list[int]) -> torch.Tensor:
-        """Last hidden states [tokens, hidden] of one text, outside the batch; only while paused."""
-        self._slots.select([slot] * len(tokens))
-        ids = torch.tensor([tokens], device=self.model.device)
-        return backbone(self.model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    def _hidden(self, texts: Sequence[tuple[int, list[int]]]) -> list[torch.Tensor]:
+        """Last hidden states [tokens, hidden] of (slot, tokens) each, in one pass outside the batch; only while
+        paused."""
+        self._slots.select([slot for slot, tokens in texts for _ in tokens])
+        device = self.model.device
+        lengths = [len(tokens) for _, tokens in texts]
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
+        hidden = backbone(self.model)(
+            input_ids=torch.tensor([[t for _, tokens in texts for t in tokens]], device=device),
+            position_ids=torch.tensor([[i for n in lengths for i in range(n)]], device=device),
+            use_cache=False,
+            cache=NO_CACHE,
+            cu_seq_lens_q=ends,
+            cu_seq_lens_k=ends,
+        ).last_hidden_state[0]
+        return list(hidden.split(lengths))
 
     async def _run_while_paused(self, work: Callable[..., T], *arguments: Any) -> T:
         """`work` in a thread that pauses the loop, one after another: upstream's pause lets several threads in.
@@ -265,15 +349,20 @@ class BatchingEngine:
                 stack.enter_context(self._manager.pause())
             except RuntimeError as e:  # it is not running, or ended before it could stand
                 raise EngineDeadError("The engine has stopped; the server must be restarted.") from e
-            yield
+            self._pause_changed = time.monotonic()
+            try:
+                yield
+            finally:
+                self._pause_changed = time.monotonic()
 
     async def load_adapter(self, key: str, folder: Path) -> None:
         async with self._writing:
             if key in self._adapters:
+                self._adapters[key].retired = False
                 return
             rank = self.settings.max_rank
             weights = await asyncio.to_thread(read_adapter, folder, self._layers, rank)
-            taken = {s.index for s in [*self._adapters.values(), *self._retired]}
+            taken = {slot.index for slot in self._adapters.values()}
             index = next((i for i in range(1, self.settings.max_adapters + 1) if i not in taken), None)
             if index is None:
                 raise NoFreeSlotError(f"all {self.settings.max_adapters} adapter slots are taken: raise max_adapters")
@@ -281,21 +370,36 @@ class BatchingEngine:
             self._adapters[key] = _Slot(index)
 
     def _write(self, index: int, weights: Weights, highest: int) -> None:
-        """Fill a slot and try it: what overflows would, through attention's mask (0 x inf), spoil every request."""
+        """Fill a slot and try it on a few tokens: an adapter that overflows at once is refused, not quarantined."""
         with self._paused():
-            for name, layer in self._layers.items():
-                layer.write(index, weights.get(name))
-            self._slots.use(highest)
-            if torch.isfinite(self._hidden(index, list(range(min(32, self.vocabulary))))).all():
-                return
-            for layer in self._layers.values():
-                layer.write(index, None)
+            try:
+                for name, layer in self._layers.items():
+                    layer.write(index, weights.get(name))
+                self._slots.use(highest)
+                [hidden] = self._hidden([(index, list(range(min(32, self.vocabulary))))])
+                if torch.isfinite(hidden).all():
+                    return
+            except BaseException:
+                self._empty(index)
+                raise
+            self._empty(index)
         raise InvalidAdapterError("its weights make the model overflow: what it computes is not finite")
 
+    def _empty(self, index: int) -> None:
+        for layer in self._layers.values():
+            layer.write(index, None)
+
     def unload_adapter(self, key: str) -> None:
-        slot = self._adapters.pop(key)
-        if slot.users > 0:
-            self._retired.append(slot)
+        self._adapters[key].retired = True
+        self._free_retired()
+
+    @contextmanager
+    def hold(self, adapter: str | None) -> Iterator[None]:
+        slot = self._acquire_slot(adapter)
+        try:
+            yield
+        finally:
+            self._release_slot(slot)
 
     def _acquire_slot(self, adapter: str | None) -> _Slot | None:
         if adapter is None:
@@ -307,7 +411,27 @@ class BatchingEngine:
     def _release_slot(self, slot: _Slot | None) -> None:
         if slot is not None:
             slot.users -= 1
-            self._retired = [s for s in self._retired if s.users > 0]
+            self._free_retired()
+
+    def _free_retired(self) -> None:
+        for key in [k for k, slot in self._adapters.items() if slot.retired and not slot.users]:
+            del self._adapters[key]
+
+
+class _Discard(queue.Queue):
+    """Takes the place of the queue for outputs nobody waits for: upstream would keep them, prompt and all.
+
+    Such a request was cancelled. It is cancelled again, since upstream forgets a cancellation that comes before it
+    has taken the request out of its input queue.
+    """
+
+    def __init__(self, cancel: Callable[[str], None]):
+        super().__init__()
+        self._cancel = cancel
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        if not item.is_finished():
+            self._cancel(item.request_id)
 
 
 class _Manager(ContinuousBatchingManager):
@@ -337,6 +461,8 @@ class _Manager(ContinuousBatchingManager):
         self.slots, self.requests, self.on_step = slots, requests, on_step
         self.last_step = time.monotonic()
         self.steps = 0
+        self.eos = eos
+        self.output_router.output_queue = _Discard(self.cancel_request)
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
@@ -362,37 +488,28 @@ class _Manager(ContinuousBatchingManager):
 
     def _draw_all(self, runner: Any, logits: torch.Tensor, out: torch.Tensor) -> None:
         """The next token of each request; logits [requests with a new token, vocabulary], fp32."""
-        drawing = [f.state.request_id for f in runner.inputs_and_outputs.requests_in_batch if f.has_new_token]
-        requests = [self.requests.get(i) for i in drawing]
+        drawing = [f.state for f in runner.inputs_and_outputs.requests_in_batch if f.has_new_token]
+        requests = [self.requests.get(state.request_id) for state in drawing]
         tokens = logits.argmax(-1)
-        for i, request in enumerate(requests):
-            if request is not None and request.generator is not None:
-                tokens[i] = _draw(logits[i], request.sampling, request.generator)
-        reported = [
-            (i, r, r.sampling.logprobs) for i, r in enumerate(requests) if r and r.sampling.logprobs is not None
-        ]
+        finite = torch.isfinite(logits).all(-1).tolist()
+        reported: list[tuple[int, Running, int]] = []
+        for i, (request, state) in enumerate(zip(requests, drawing, strict=True)):
+            if request is None:
+                continue
+            sampling = request.sampling
+            if not finite[i]:
+                request.non_finite = True
+                continue
+            row = logits[i]
+            if sampling.adjusts_logits:
+                row = adjust(row, sampling, request.prompt, state.generated_tokens, self.eos)
+            if request.generator is not None or sampling.adjusts_logits:
+                tokens[i] = draw(row, sampling, request.generator)
+            if sampling.logprobs is not None:
+                reported.append((i, request, sampling.logprobs))
         if reported:
             rows = [i for i, _, _ in reported]
-            known = _with_log_probabilities(logits[rows], tokens[rows], max(top for _, _, top in reported))
+            known = with_log_probabilities(logits[rows], tokens[rows], max(top for _, _, top in reported))
             for token, (_, request, top) in zip(known, reported, strict=True):
                 request.log_probabilities.append(Token(token.id, token.logprob, token.top[:top]))
         out[0, : len(tokens)].copy_(tokens)
-
-
-def _draw(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """One token of `logits` [vocabulary] by temperature and nucleus, by the exponential (Gumbel-max) trick."""
-    p = (logits / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        largest, order = p.sort(descending=True)
-        outside = largest.cumsum(-1) - largest >= sampling.top_p
-        p = p.index_fill(0, order[outside], 0)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax()
-
-
-def _with_log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[Token]:
-    """Tokens [n] with their log probabilities by `logits` [n, vocabulary] and the `top` most likely ones'."""
-    log_p = logits.log_softmax(-1)
-    own = log_p.gather(1, tokens[:, None])[:, 0].tolist()
-    best = log_p.topk(top, dim=-1)
-    rows = zip(tokens.tolist(), own, best.indices.tolist(), best.values.tolist(), strict=True)
-    return [Token(t, p, tuple(zip(i, v, strict=True))) for t, p, i, v in rows]

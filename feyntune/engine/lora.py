@@ -20,6 +20,22 @@ from feyntune.engine.api import InvalidAdapterError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+_DTYPES = ("F32", "F16", "BF16")
+_CONFIG_BYTES = 1 << 20
+# What adapter_config.json may say: anything, where the weights mean the same whatever it says ...
+_FREE = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "base_model_name_or_path", "revision"),
+    *("task_type", "inference_mode", "peft_version", "auto_mapping", "use_rslora", "megatron_core"),
+    *("qalora_group_size", "layers_pattern", "ensure_weight_tying"),
+}
+# ... one of these values, where others would make it another kind of adapter; unknown keys must be empty.
+_NEUTRAL: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # How training began; "pissa", "olora", "corda" and their like change the base's own weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> A [r, in], scaled B [r, out]
 
 
@@ -110,56 +126,79 @@ def read_adapter(folder: Path, layers: Mapping[str, MultiLora], max_rank: int) -
         InvalidAdapterError: not plain LoRA, unknown layers, wrong shapes, a rank over `max_rank`, or weights that
             are not finite.
     """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_bytes())
-        scaling = _scaling(config)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise InvalidAdapterError(f"adapter_config.json cannot be read ({e})") from e
-    tensors: dict[str, torch.Tensor] = {}
+    scaling = _read_scaling(folder / "adapter_config.json")
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            shapes = {}
+            for name in f.keys():  # noqa: SIM118
+                entry = f.get_slice(name)
+                shapes[name] = entry.get_shape()
+                if entry.get_dtype() not in _DTYPES:
+                    raise InvalidAdapterError(f"{name} is {entry.get_dtype()}: weights are F32, F16 or BF16")
+            pairs = _check_shapes(shapes, layers, max_rank)
+            return {module: _pair(a, f.get_tensor(a), f.get_tensor(b), scaling) for module, (a, b) in pairs.items()}
     except (OSError, SafetensorError) as e:
         raise InvalidAdapterError(f"adapter_model.safetensors cannot be read ({e})") from e
-    if not tensors:
-        raise InvalidAdapterError("adapter_model.safetensors holds no weights")
 
-    weights: Weights = {}
-    for name in sorted(tensors):
+
+def _read_scaling(file: Path) -> float:
+    """alpha / r of a plain LoRA's adapter_config.json; every other setting must be at its neutral value."""
+    try:
+        if file.stat().st_size > _CONFIG_BYTES:
+            raise ValueError(f"it has {file.stat().st_size} bytes, at most {_CONFIG_BYTES} are read")
+        config = json.loads(file.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+        for key, value in config.items():
+            neutral = _NEUTRAL.get(key, (None, False, [], {}))
+            if key not in _FREE and not any(value is n or (value == n and type(value) is type(n)) for n in neutral):
+                raise ValueError(f"{key} is {str(value)[:60]!r}: only plain LoRA is served")
+        if config.get("peft_type") != "LORA":
+            raise ValueError("peft_type is missing: only plain LoRA is served")
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 4096:
+            raise ValueError(f"r is {str(rank)[:60]}")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= 1e6:
+            raise ValueError(f"lora_alpha is {str(alpha)[:60]}")
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+    except (OSError, ValueError, RecursionError) as e:
+        raise InvalidAdapterError(f"adapter_config.json cannot be used: {e}") from e
+
+
+def _check_shapes(
+    shapes: Mapping[str, Sequence[int]], layers: Mapping[str, MultiLora], max_rank: int
+) -> dict[str, tuple[str, str]]:
+    """The names of A and B of each module, checked by the file's header alone."""
+    if not shapes:
+        raise InvalidAdapterError("adapter_model.safetensors holds no weights")
+    pairs = {}
+    for name, a in sorted(shapes.items()):
         module, part = _module(name)
         if module not in layers or part not in ("lora_A", "lora_B"):
             raise InvalidAdapterError(
-                f"{name} belongs to no projection of the base: only plain LoRA on {', '.join(TARGETS)}"
+                f"{name[:200]} belongs to no projection of the base: only plain LoRA on {', '.join(TARGETS)}"
             )
-        if part == "lora_A":
-            b_name = name.replace(".lora_A.", ".lora_B.")
-            if b_name not in tensors:
-                raise InvalidAdapterError(f"{b_name} is missing")
-            weights[module] = _pair(name, tensors[name], tensors[b_name], scaling, layers[module].base, max_rank)
-        elif name.replace(".lora_B.", ".lora_A.") not in tensors:
-            raise InvalidAdapterError(f"{name.replace('.lora_B.', '.lora_A.')} is missing")
-    return weights
-
-
-def _scaling(config: dict) -> float:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {config.get('peft_type')!r}, not LORA")
-    for option in (
-        "use_dora",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "lora_bias",
-    ):
-        if config.get(option):
-            raise ValueError(f"{option} is set: only plain LoRA is served")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"bias is {config['bias']!r}: only plain LoRA is served")
-    rank = config.get("r")
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"r is {rank!r}")
-    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if part == "lora_B":
+            if name.replace(".lora_B.", ".lora_A.") not in shapes:
+                raise InvalidAdapterError(f"{name.replace('.lora_B.', '.lora_A.')} is missing")
+            continue
+        b_name = name.replace(".lora_A.", ".lora_B.")
+        if b_name not in shapes:
+            raise InvalidAdapterError(f"{b_name} is missing")
+        b, base = shapes[b_name], layers[module].base
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
+            raise InvalidAdapterError(f"{name} has shape {list(a)}, its B {list(b)}: they are no LoRA pair")
+        if a[1] != base.in_features or b[0] != base.out_features:
+            raise InvalidAdapterError(
+                f"{name} maps {a[1]} to {b[0]} features, the base's layer {base.in_features} to "
+                f"{base.out_features}: it was trained on another base"
+            )
+        if a[0] > max_rank:
+            raise InvalidAdapterError(
+                f"{name} has rank {a[0]}, over the limit of {max_rank}: raise max_rank to serve it"
+            )
+        pairs[module] = name, b_name
+    return pairs
 
 
 def _module(tensor: str) -> tuple[str, str]:
@@ -169,20 +208,7 @@ def _module(tensor: str) -> tuple[str, str]:
     return module, part
 
 
-def _pair(
-    name: str, a: torch.Tensor, b: torch.Tensor, scaling: float, base: nn.Linear, max_rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise InvalidAdapterError(f"{name} has shape {list(a.shape)}, its B {list(b.shape)}: they are no LoRA pair")
-    if a.shape[1] != base.in_features or b.shape[0] != base.out_features:
-        raise InvalidAdapterError(
-            f"{name} maps {a.shape[1]} to {b.shape[0]} features, the base's layer {base.in_features} to "
-            f"{base.out_features}: it was trained on another base"
-        )
-    if a.shape[0] > max_rank:
-        raise InvalidAdapterError(
-            f"{name} has rank {a.shape[0]}, over the limit of {max_rank}: raise max_rank to serve it"
-        )
+def _pair(name: str, a: torch.Tensor, b: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     b = b.float().T * scaling
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise InvalidAdapterError(f"{name} or its B holds values that are not finite")

@@ -107,6 +107,10 @@ def fetch_base(base: str) -> str:
         with FileLock(folder.with_suffix(".lock")):  # the processes of a training all come here at once
             if not (folder / MANIFEST).is_file():
                 pull(*_stored(location), folder)
+            if digest is not None and read_manifest(folder).digest != digest:
+                raise UserError(
+                    f"The cached copy {folder} of {location} is not the model pinned as {digest[:16]}: remove it."
+                )
         return str(folder)
     if _looks_like_hub_id(location):
         from huggingface_hub import snapshot_download

@@ -1,16 +1,24 @@
 """A share of the champion's requests goes to a candidate, until too many of them fail.
 
-The candidate is the newest version in staging: it passed the gate and waits for promotion. Both arms are counted,
-so that they can be compared; the candidate loses its share for good when its failures are more than chance
-explains, and a new candidate starts afresh.
+The candidate is the newest version in staging: it passed the gate and waits for promotion. It loses its share for good
+when its failures are significantly more frequent than the champion's, and a new candidate starts afresh. Each replica
+counts its own requests.
+
+The test looks after 32, 64, 128, ... requests of the candidate. Look k compares the failures of both arms by Fisher's
+exact test, one-sided, at the level ERROR_RATE / (k (k + 1)). The levels add up to ERROR_RATE, so a candidate that fails
+no more often than the champion is backed off in at most that share of rollouts, however long they last.
 """
 
+import math
 import random
 from dataclasses import dataclass, field
 
 from feyntune.serving import metrics
 from feyntune.serving.source import ServedVersion
 from feyntune.telemetry import log
+
+ERROR_RATE = 0.01
+FIRST_LOOK = 32  # requests of the candidate
 
 
 @dataclass
@@ -19,23 +27,26 @@ class Canary:
 
     Args:
         share: of the requests that goes to the candidate, 0 to 1.
-        max_excess_failure_rate: how much more often than the champion the candidate may fail, 0 to 1.
-        min_requests: requests seen before it is judged.
     """
 
     share: float
-    max_excess_failure_rate: float = 0.05
-    min_requests: int = 20
     candidate: ServedVersion | None = None
     backed_off: str | None = None  # the version that lost its share
-    seen: dict[str, list[int]] = field(default_factory=lambda: {"champion": [0, 0], "canary": [0, 0]})
+    counts: dict[str, list[int]] = field(default_factory=dict)  # arm -> [requests, failures]
+    looks: int = 0
+
+    def __post_init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.counts, self.looks = {"champion": [0, 0], "canary": [0, 0]}, 0
 
     def set_candidate(self, candidate: ServedVersion | None) -> None:
         """Let `candidate` take part; None, or one that lost its share before, does not."""
         if candidate is not None and candidate.name == self.backed_off:
             candidate = None
         if candidate != self.candidate:
-            self.seen = {"champion": [0, 0], "canary": [0, 0]}
+            self._reset()
         self.candidate = candidate
         metrics.CANARY_SHARE.set(self.share if candidate else 0)
 
@@ -49,16 +60,26 @@ class Canary:
         metrics.CANARY.labels(arm, "failed" if failed else "ok").inc()
         if self.candidate is None or (arm == "canary" and version != self.candidate):
             return
-        self.seen[arm][0] += 1
-        self.seen[arm][1] += failed
-        requests, failures = self.seen["canary"]
-        others, their_failures = self.seen["champion"]
-        if requests < self.min_requests:
+        self.counts[arm][0] += 1
+        self.counts[arm][1] += failed
+        requests, failures = self.counts["canary"]
+        if arm != "canary" or requests < FIRST_LOOK * 2**self.looks:
             return
-        if failures / requests > their_failures / max(others, 1) + self.max_excess_failure_rate:
+        self.looks += 1
+        champion_requests, champion_failures = self.counts["champion"]
+        p = p_value(requests, failures, champion_requests, champion_failures)
+        if p <= ERROR_RATE / (self.looks * (self.looks + 1)):
             log.error(
-                "canary %s failed %d of %d requests, the champion %d of %d: it gets no more",
-                self.candidate.name, failures, requests, their_failures, others,
+                "canary %s failed %d of %d requests, the champion %d of %d (p = %.2g): it gets no more",
+                self.candidate.name, failures, requests, champion_failures, champion_requests, p,
             )  # fmt: skip
             self.backed_off = self.candidate.name
             self.set_candidate(None)
+
+
+def p_value(requests: int, failures: int, other_requests: int, other_failures: int) -> float:
+    """Fisher's exact test: how likely at least `failures` of all failures fall on these `requests` by chance."""
+    total, failed = requests + other_requests, failures + other_failures
+    most = min(requests, failed)
+    ways = sum(math.comb(failed, k) * math.comb(total - failed, requests - k) for k in range(failures, most + 1))
+    return ways / math.comb(total, requests)

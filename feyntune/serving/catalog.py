@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feyntune.artifacts.store import StoreError
-from feyntune.engine.api import Engine, InvalidAdapterError, NoFreeSlotError
+from feyntune.engine.api import Engine, EngineDeadError, InvalidAdapterError, NoFreeSlotError
 from feyntune.errors import UserError
 from feyntune.names import BASE, slug
 from feyntune.serving import metrics
@@ -33,6 +33,11 @@ class Target:
     version: ServedVersion | None = None
     arm: str | None = None  # "champion" or "canary" while there is a canary
 
+    @property
+    def key(self) -> str | None:
+        """What the engine knows the adapter by."""
+        return self.version.digest if self.version else None
+
 
 class Catalog:
     """The names a client may use. `refresh` is called now and then; the rest reads what it left."""
@@ -45,8 +50,13 @@ class Catalog:
         self.refused: dict[str, str] = {}  # version name -> why
         self.error: str | None = None  # why the registry could not be read last time
         self.read = 0.0  # when it was, time.time()
+        self.settled = False  # whether the champion and the aliases of a first reading answer; true from then on
         self._loaded: dict[str, ServedVersion] = {}  # digest -> version, in the engine
         self._revision: str | None = None
+        self._quarantined: dict[str, str] = {}  # digest -> why; until the process ends
+        self._invalid: dict[str, str] = {}  # digest -> why; files that match their manifest will not change
+        self._unserved: dict[str, ServedVersion] = {}  # name -> the version it should mean, which is not served
+        self._retrying = False  # whether a version that an alias means was not served for a passing reason
         self._again = 0.0  # when to try what was refused once more, monotonic
 
     def resolve(self, model: str) -> Target | None:
@@ -64,6 +74,34 @@ class Catalog:
             return Target(slug(version.variant), version, arm)
         return Target(slug(version.variant), version)
 
+    @property
+    def missing(self) -> dict[str, str]:
+        """Registered names that answer nothing, and the version each should mean."""
+        return {name: v.name for name, v in self._unserved.items() if name not in self.names}
+
+    def why_not(self, model: str) -> str | None:
+        """Why the version that a registered name means is not served; None where there is no such name."""
+        version = self._unserved.get(slug(model))
+        return None if version is None else self.refused.get(version.name)
+
+    def quarantine(self, version: ServedVersion, reason: str) -> None:
+        """Serve a version no more: it gave numbers that are not finite."""
+        if version.digest in self._quarantined:
+            return
+        log.error("adapter %s is quarantined: %s", version.name, reason)
+        self._quarantined[version.digest] = reason
+        names = {name: v for name, v in self.names.items() if v != version}
+        refused = self.refused | {version.name: f"quarantined: {reason}"}
+        self._unserved |= {name: v for name, v in self.names.items() if v == version}
+        self._publish_metrics(names, refused)
+        self.names, self.refused = names, refused
+        if self.canary.candidate == version:
+            self.canary.set_candidate(None)
+        if version.digest in self._loaded:
+            del self._loaded[version.digest]
+            self.engine.unload_adapter(version.digest)
+        metrics.LOADS.labels(slug(version.variant), "quarantined").inc()
+
     async def refresh(self) -> None:
         """Bring names and loaded adapters in line with the registry; never raises for what is wrong there."""
         try:
@@ -77,6 +115,8 @@ class Catalog:
             return
         await self._follow(snapshot)
         self._was_read()
+        # A pod that replaces another must know the champion, and try again where the store hiccuped.
+        self.settled = self.settled or not ("champion" in self.missing or self._retrying)
 
     async def _unchanged(self) -> bool:
         """Whether the registry is as it was and there is nothing to try again; one listing."""
@@ -92,15 +132,25 @@ class Catalog:
         metrics.REGISTRY_READ.set(self.read)
 
     async def _follow(self, snapshot: RegistrySnapshot) -> None:
-        targets = dict(snapshot.names)
+        order = sorted(
+            snapshot.names, key=lambda n: (n != "champion", n != "previous", n not in snapshot.aliases)
+        )  # the champion gets a slot whatever else is registered
+        targets = {name: snapshot.names[name] for name in order}
         candidate = snapshot.staging if self.canary.share > 0 else None
         versions = {v.digest: v for v in [*targets.values(), *([candidate] if candidate else [])]}
         self._again = time.monotonic() + RETRY_SECONDS
         refused: dict[str, str] = {}
-        transient = crowded = False
+        transient = crowded = self._retrying = False
+        aliased = {targets[name].digest for name in snapshot.aliases}
         freed = self._unload_all_but(versions.keys() | {v.digest for v in self.names.values()})
         for version in versions.values():
             if version.digest in self._loaded:
+                continue
+            if version.digest in self._quarantined:
+                refused[version.name] = f"quarantined: {self._quarantined[version.digest]}"
+                continue
+            if version.digest in self._invalid:
+                refused[version.name] = self._invalid[version.digest]
                 continue
             try:
                 await self._load(version)
@@ -109,16 +159,24 @@ class Catalog:
                 self._publish_metrics(names, self.refused)
                 self.names = names
                 freed += self._unload_all_but(versions.keys() | {v.digest for v in self.names.values()})
-            except (InvalidAdapterError, UserError, OSError) as e:  # OSError: the disk is full, for one
-                refused[version.name] = str(e)
+            except EngineDeadError:
+                raise
+            except Exception as e:  # whatever is wrong with one adapter, the others are served
+                expected = isinstance(e, InvalidAdapterError | UserError | OSError)
+                reason = str(e) if expected else f"{type(e).__name__}: {str(e)[:300]}"
+                refused[version.name] = reason
                 transient |= isinstance(e, StoreError | OSError)
+                self._retrying |= isinstance(e, StoreError | OSError) and version.digest in aliased
                 crowded |= isinstance(e, NoFreeSlotError)
-                if self.refused.get(version.name) != str(e):
-                    log.error("adapter %s is refused: %s", version.name, e)
+                if isinstance(e, InvalidAdapterError) and not isinstance(e, NoFreeSlotError):
+                    self._invalid[version.digest] = reason
+                if self.refused.get(version.name) != reason:
+                    log.error("adapter %s is refused: %s", version.name, reason)
                 metrics.LOADS.labels(slug(version.variant), "refused").inc()
 
         moved = self._moved(targets)
         names = {name: moved[name] for name in targets if name in moved}  # without what is no longer offered
+        self._unserved = {name: v for name, v in targets.items() if v.digest not in self._loaded}
         self._publish_metrics(names, refused)
         self.names, self.aliases, self.refused = names, snapshot.aliases, refused
         self.canary.set_candidate(candidate if candidate and candidate.digest in self._loaded else None)

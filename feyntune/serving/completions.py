@@ -3,13 +3,22 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from feyntune.engine.api import ContextLengthError, Engine, EngineDeadError, QueueFullError, Sampling, Token
+from feyntune.engine.api import (
+    ContextLengthError,
+    Engine,
+    EngineDeadError,
+    NonFiniteError,
+    QueueFullError,
+    Sampling,
+    Token,
+)
 from feyntune.model.load import prompt as prompt_ids
 from feyntune.serving import metrics
 from feyntune.serving.catalog import Catalog, Target
@@ -22,15 +31,19 @@ class Limits:
 
     Args:
         body_bytes: largest HTTP body.
+        body_seconds: time a client has to send it.
         choices: most completions (prompts times n).
         seconds: from arrival to the last token.
         stop, logprobs: most stop strings, and alternatives reported at each token.
+        stop_characters: longest stop string.
     """
 
     body_bytes: int = 1 << 20
+    body_seconds: float = 60.0
     choices: int = 64
     seconds: float = 300.0
-    stop: int = 4
+    stop: int = 64
+    stop_characters: int = 400
     logprobs: int = 20
 
 
@@ -90,7 +103,7 @@ class Server:
 
     @property
     def ready(self) -> bool:
-        return not self.draining and self.catalog is not None and self.catalog.read > 0 and self.alive
+        return not self.draining and self.catalog is not None and self.catalog.settled and self.alive
 
     @property
     def alive(self) -> bool:
@@ -111,6 +124,9 @@ class Server:
         _, catalog, _ = self.require_ready()
         target = catalog.resolve(model)
         if target is None:
+            reason = catalog.why_not(model)
+            if reason is not None:
+                raise ApiError(503, "adapter_refused", f"{model[:100]} is not served: {reason}", param="model")
             known = ", ".join(["base", *sorted(catalog.names)])
             raise ApiError(
                 404, "model_not_found", f"There is no model {model[:100]!r}; there are: {known}.", param="model"
@@ -139,7 +155,8 @@ class CompletionRequest:
         self.target: Target | None = None
         self.deadline = asyncio.get_running_loop().time() + server.limits.seconds
         self._model = model
-        self._completions_list: list[Completion] = []
+        self._completions: list[Completion] = []
+        self._held = ExitStack()  # the adapter: a promotion meanwhile changes nothing for this request
 
     def __enter__(self) -> "CompletionRequest":
         try:
@@ -148,15 +165,20 @@ class CompletionRequest:
             metrics.REQUESTS.labels(self.label, self.protocol, e.outcome).inc()
             raise
         self.label = self.target.label
+        engine, _, _ = self.server.require_ready()
+        self._held.enter_context(engine.hold(self.target.key))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Free what still runs; count; turn what the engine said into what a client is told."""
-        for choice in self._completions_list:
-            choice.close()
-        told = to_api_error(error)
-        if told is not None:
-            outcome = told.outcome
+        """Free what still runs; count; turn the engine's error into a client's."""
+        for completion in self._completions:
+            completion.close()
+        self._held.close()
+        if isinstance(error, NonFiniteError) and self.target and self.target.version and self.server.catalog:
+            self.server.catalog.quarantine(self.target.version, str(error))
+        reported = to_api_error(error)
+        if reported is not None:
+            outcome = reported.outcome
         elif error is None:
             outcome = "ok"
         else:
@@ -166,24 +188,23 @@ class CompletionRequest:
         if self.target and self.target.arm and self.target.version and self.server.catalog:
             failed = outcome in ("error", "timeout", "unavailable")
             self.server.catalog.canary.record(self.target.arm, self.target.version, failed)
-        if told is not None and told is not error:
-            raise told from error
+        if reported is not None and reported is not error:
+            raise reported from error
 
     def complete(self, ids: Sequence[int], sampling: Sampling, stop: Sequence[str] = ()) -> "Completion":
         """Submit one completion."""
         assert self.target is not None
         choice = Completion(self, list(ids), sampling, stop)
-        self._completions_list.append(choice)
+        self._completions.append(choice)
         return choice
 
     async def score(self, ids: Sequence[int], top: int) -> list[Token]:
         """The prompt's own log probabilities (OpenAI's `echo`)."""
         engine, _, _ = self.server.require_ready()
         assert self.target is not None
-        key = self.target.version.digest if self.target.version else None
         metrics.TOKENS.labels(self.label, "prompt").inc(len(ids))
         async with asyncio.timeout_at(self.deadline):
-            return await engine.score(key, ids, top)
+            return await engine.score(self.target.key, ids, top)
 
 
 class Completion:
@@ -194,8 +215,7 @@ class Completion:
         assert request.target is not None
         self._request, self._engine, self._sampling = request, engine, sampling
         self._detokenizer, self._stopper = Detokenizer(tokenizer, ids), Stopper(stop)
-        self._version = request.target.version
-        self._generation = engine.submit(self._version.digest if self._version else None, ids, sampling)
+        self._generation = engine.submit(request.target.key, ids, sampling)
         self._submitted = time.monotonic()
         self.prompt_tokens, self.completion_tokens = len(ids), 0
         metrics.TOKENS.labels(request.label, "prompt").inc(len(ids))
@@ -228,7 +248,8 @@ class Completion:
                     first = last
                     metrics.FIRST_TOKEN.labels(self._request.label).observe(first - self._submitted)
                 self.completion_tokens += 1
-                if token.id in self._request.server.eos and not self._sampling.ignore_eos:
+                eos = token.id in self._request.server.eos and not self._sampling.ignore_eos
+                if eos or token.id in self._sampling.stop_token_ids:
                     finish = "stop"
                 pending.append((token, self._detokenizer.length))
                 text = self._stopper.add(self._detokenizer.add(token.id))
@@ -258,7 +279,7 @@ def _chunk(text: str, pending: list[tuple[Token, int]], finish: str | None = Non
 
 
 def to_api_error(error: BaseException | None) -> ApiError | None:
-    """What a client is told of `error`; None where it is not for a client."""
+    """`error` as a client gets it; None where it is not for a client."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
@@ -267,6 +288,8 @@ def to_api_error(error: BaseException | None) -> ApiError | None:
         return ApiError(429, "queue_full", str(error), retry_after=error.retry_after)
     if isinstance(error, EngineDeadError):
         return ApiError(503, "engine_stopped", str(error), retry_after=30)
+    if isinstance(error, NonFiniteError):
+        return ApiError(500, "not_finite", str(error))
     if isinstance(error, TimeoutError):
         return ApiError(504, "timeout", "The completion took longer than this server allows: ask for fewer tokens.")
     return None

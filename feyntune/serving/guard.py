@@ -9,7 +9,7 @@ from typing import Any
 from fastapi.responses import ORJSONResponse, Response
 
 from feyntune.errors import UserError
-from feyntune.serving.completions import ApiError
+from feyntune.serving.completions import ApiError, Limits
 from feyntune.serving.workbench import FILES
 from feyntune.telemetry import log
 
@@ -33,6 +33,8 @@ class Keys:
             self._read()
         except OSError as e:
             raise UserError(f"Keys file {path} cannot be read ({e.strerror}): mount it, or leave keys out.") from e
+        except ValueError as e:
+            raise UserError(f"Keys file {path} is not UTF-8 text: write one key a line.") from e
         if not self._hashes:
             raise UserError(f"Keys file {path} holds no key: write one a line.")
 
@@ -40,10 +42,10 @@ class Keys:
         """Whether an Authorization header carries one of the keys."""
         try:
             self._read()
-        except OSError as e:
-            log.warning("keys: %s cannot be read (%s); the keys read before still hold", self.path, e.strerror)
+        except (OSError, ValueError) as e:  # ValueError: it is not UTF-8
+            log.warning("keys: %s cannot be read (%s); the keys read before still hold", self.path, type(e).__name__)
         scheme, _, key = (authorization or "").partition(" ")
-        given = hashlib.sha256(key.strip().encode()).digest()
+        given = hashlib.sha256(key.strip().encode("latin-1", errors="replace")).digest()  # the header's own bytes
         matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all of them, whichever matches
         return scheme.lower() == "bearer" and any(matches)
 
@@ -52,7 +54,7 @@ class Keys:
         stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
         if stamp == self._stamp:
             return
-        lines = [line.strip() for line in self.path.read_text().splitlines()]
+        lines = [line.strip() for line in self.path.read_text("utf-8").splitlines()]
         self._hashes = [hashlib.sha256(k.encode()).digest() for k in lines if k and not k.startswith("#")]
         if self._stamp is not None:
             log.info("keys: read again, %d keys", len(self._hashes))
@@ -62,8 +64,9 @@ class Keys:
 class RequestGuard:
     """ASGI middleware. Reads the whole body first; stops the work of a client that has gone away."""
 
-    def __init__(self, app: Any, body_bytes: int, keys: Keys | None):
-        self.app, self.body_bytes, self.keys = app, body_bytes, keys
+    def __init__(self, app: Any, limits: Limits, keys: Keys | None):
+        self.app, self.keys = app, keys
+        self.body_bytes, self.body_seconds = limits.body_bytes, limits.body_seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -87,12 +90,20 @@ class RequestGuard:
     async def _body(self, receive: Any) -> bytes | None:
         """The whole body; None if the client went away while sending it."""
         parts: list[bytes] = []
+        size = 0
+        deadline = asyncio.get_running_loop().time() + self.body_seconds
         while True:
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as e:
+                message = f"The body did not arrive within {self.body_seconds:g} s."
+                raise ApiError(408, "body_timeout", message) from e
             if message["type"] == "http.disconnect":
                 return None
             parts.append(message.get("body", b""))
-            if sum(map(len, parts)) > self.body_bytes:
+            size += len(parts[-1])
+            if size > self.body_bytes:
                 raise ApiError(413, "body_too_large", f"The body is over the limit of {self.body_bytes} bytes.")
             if not message.get("more_body", False):
                 return b"".join(parts)
@@ -129,9 +140,11 @@ class RequestGuard:
 
 
 def error_response(path: str, error: ApiError) -> Response:
-    """`error` in OpenAI's shape under /openai, in KServe's elsewhere."""
-    body = error.body if path.startswith("/openai") else {"error": error.message}
+    """`error` in OpenAI's shape on OpenAI's paths, in KServe's elsewhere."""
+    body = error.body if path.startswith(("/openai", "/v1/completions", "/v1/chat/")) else {"error": error.message}
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 504:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would repeat minutes of work
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return ORJSONResponse(body, error.status, headers)

@@ -29,6 +29,7 @@ from fastapi import FastAPI  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.requests import Request as HttpRequest  # noqa: E402
 from fastapi.responses import ORJSONResponse, PlainTextResponse, Response  # noqa: E402
+from fastapi.routing import APIRoute  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
 
 from feyntune.engine.api import Sampling  # noqa: E402
@@ -103,13 +104,13 @@ class NamedModel(kserve.Model):
         limits = self.server.limits
         if not 0 < len(texts) <= limits.choices:
             raise InvalidInput(f"{len(texts)} texts: give between 1 and {limits.choices}")
-        if len(asked.stop) > limits.stop or not all(asked.stop):
-            raise InvalidInput(f"stop: give at most {limits.stop} strings, none of them empty")
+        if len(asked.stop) > limits.stop or not all(0 < len(s) <= limits.stop_characters for s in asked.stop):
+            raise InvalidInput(f"stop: at most {limits.stop} strings of 1 to {limits.stop_characters} characters")
         prompts = [await self.server.tokens(text) for text in texts]
         with CompletionRequest(self.server, self.name, protocol) as request:
             choices = []
-            for i, ids in enumerate(prompts):
-                seed = None if asked.seed is None else (asked.seed + i) % 2**63
+            for ids in prompts:
+                seed = None if asked.seed is None else asked.seed % 2**63
                 sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p, seed)
                 choices.append(request.complete(ids, sampling, asked.stop))
             return list(await asyncio.gather(*(choice.text() for choice in choices)))
@@ -136,7 +137,15 @@ def _v2_texts(payload: kserve.InferRequest) -> list[str]:
 
 
 # Parameters of the protocol itself, which come by the same way.
-_KSERVES = {"binary_data_output", "binary_data_size", "content_type", "headers", "classification", "priority"}
+_KSERVES = {
+    "binary_data_output",
+    "binary_data_size",
+    "content_type",
+    "headers",
+    "classification",
+    "priority",
+    "timeout",
+}
 
 
 def _v2_parameters(payload: kserve.InferRequest) -> Parameters:
@@ -192,7 +201,12 @@ class _Rest(RESTServer):
 
     def _register_endpoints(self, app: FastAPI) -> None:
         app.title = "feyntune"
-        app.include_router(router(self.server))
+        openai = router(self.server)
+        app.include_router(openai)
+        for route in openai.routes:  # /v1/models is KServe's
+            if isinstance(route, APIRoute) and "POST" in (route.methods or ()):
+                path = route.path.removeprefix("/openai")
+                app.add_api_route(path, route.endpoint, methods=["POST"], include_in_schema=False)
         add_workbench(app, self.workbench, self.dataplane.live)
         app.add_api_route("/cards/{name}", self.card, response_class=PlainTextResponse, responses={404: {}, 503: {}})
         app.add_api_route("/v2/health/ready", self.ready, tags=["V2"], responses={503: {}})
@@ -205,6 +219,7 @@ class _Rest(RESTServer):
         if server.catalog is not None:
             detail["adapters"] = {name: v.name for name, v in sorted(server.catalog.names.items())}
             detail["refused"] = server.catalog.refused
+            detail["missing"] = server.catalog.missing
             detail["registry_error"] = server.catalog.error
         return ORJSONResponse(detail, 200 if server.ready else 503)
 
@@ -247,7 +262,7 @@ class _Rest(RESTServer):
         app.add_exception_handler(InvalidInput, invalid_input)  # type: ignore[arg-type]
 
     def _add_middlewares(self, app: FastAPI) -> None:
-        app.add_middleware(RequestGuard, body_bytes=self.server.limits.body_bytes, keys=self.keys)
+        app.add_middleware(RequestGuard, limits=self.server.limits, keys=self.keys)
 
 
 _STATUS = {
@@ -269,14 +284,30 @@ class _Servicer(InferenceServicer):
         self.keys = keys
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
+        await self._check_key(context)
         try:
-            if self.keys is not None:
-                metadata = dict(context.invocation_metadata() or ())
-                if not self.keys.allow(metadata.get("authorization")):
-                    raise ApiError(401, "invalid_api_key", "Give a valid key: authorization: Bearer KEY.")
             return await super().ModelInfer(request, context)
         except ApiError as e:
             await context.abort(_STATUS.get(e.status, grpc.StatusCode.INTERNAL), e.message)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        await self._check_key(context)
+        return await super().ServerMetadata(request, context)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        await self._check_key(context)
+        return await super().ModelMetadata(request, context)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        await self._check_key(context)
+        return await super().ModelReady(request, context)
+
+    async def _check_key(self, context: Any) -> None:
+        """Probes, ServerLive and ServerReady, have no key; everything else needs one."""
+        metadata = dict(context.invocation_metadata() or ())
+        if self.keys is not None and not self.keys.allow(metadata.get("authorization")):
+            message = "Give a valid key: authorization: Bearer KEY."
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
 
 
 class Endpoint(kserve.ModelServer):
@@ -358,8 +389,9 @@ class Endpoint(kserve.ModelServer):
         )
         servicer = _Servicer(self.dataplane, self.model_repository_extension, self.keys)
         v2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+        host = f"[{self.host}]" if ":" in self.host else self.host
         try:
-            self.grpc_port = server.add_insecure_port(f"{self.host}:{self.grpc_port}")
+            self.grpc_port = server.add_insecure_port(f"{host}:{self.grpc_port}")
         except RuntimeError as e:
             raise UserError(f"Port {self.grpc_port} of {self.host} cannot be used for gRPC: choose another.") from e
         await server.start()

@@ -6,111 +6,24 @@ A setting that this server cannot honour is refused, never ignored.
 import asyncio
 import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import orjson
 from fastapi import APIRouter, Response
 from fastapi.responses import ORJSONResponse, StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from feyntune.engine.api import Sampling, Token
+from feyntune.engine.api import Token
 from feyntune.names import BASE, slug
 from feyntune.serving.completions import ApiError, Chunk, Completion, CompletionRequest, Server
+from feyntune.serving.openai_fields import ChatBody, CompletionBody, SamplingFields
 from feyntune.serving.text import Detokenizer
 
 PREFIX = "/openai/v1"
 _CHAT_TOKENS = 1024  # at most, where a conversation asks for no number: memory is set aside for each
-
-
-def _unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no character."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("holds half a surrogate pair, which is no character")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-Name = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
-# Tokenizers hold ids in 32 bits; whether the model knows one is looked at later.
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]], Field(min_length=1)]
-Texts = Annotated[list[Text], Field(min_length=1)]
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    include_usage: bool | None = False
-
-
-class _SamplingFields(BaseModel):
-    """What completions and chat completions have in common."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: Name
-    temperature: float | None = Field(None, ge=0, le=2, description="1 if not given; 0 is greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | list[Text] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    ignore_eos: bool | None = Field(False, description="go on to max_tokens (for measurements)")
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-
-    def stops(self, most: int) -> list[str]:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > most or not all(stop):
-            raise ApiError(
-                400, "invalid_value", f"stop: give at most {most} strings, none of them empty.", param="stop"
-            )
-        return stop
-
-    def sampling(self, index: int, max_tokens: int, logprobs: int | None = None) -> Sampling:
-        """Of choice number `index`: with a seed, each choice has its own and keeps it."""
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=None if self.seed is None else (self.seed + index) % 2**63,
-            logprobs=logprobs,
-            ignore_eos=bool(self.ignore_eos),
-        )
-
-
-class CompletionBody(_SamplingFields):
-    prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=0, description="16 if not given; 0 needs echo")
-    logprobs: int | None = Field(None, ge=0)
-    echo: bool | None = False
-    best_of: int | None = Field(None, ge=1, description="n, or not given")
-    suffix: Literal[""] | None = None
-
-
-class Part(BaseModel):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "user", "assistant", "developer"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
-    name: str | None = None
-
-
-class ChatBody(_SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
 
 
 def router(server: Server) -> APIRouter:
@@ -160,14 +73,21 @@ def router(server: Server) -> APIRouter:
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:
-    _, catalog, _ = server.require_ready()
-    shown = {"id": name, "object": "model", "created": int(server.started), "owned_by": "feyntune"}
+    engine, catalog, _ = server.require_ready()
+    shown = {
+        "id": name,
+        "object": "model",
+        "created": int(server.started),
+        "owned_by": "feyntune",
+        "max_model_len": engine.max_length,
+    }
     if name == BASE:
         return shown | {"root": server.base_name, "parent": None, "digest": catalog.base_digest}
     version = catalog.names[name]
     same = sorted(a for a in catalog.aliases if catalog.names[a] == version and a != name)
     return shown | {
         "root": version.name,
+        "version": version.name,
         "parent": BASE,
         "variant": version.variant,
         "digest": version.digest,
@@ -197,21 +117,21 @@ async def _completions(server: Server, asked: CompletionBody) -> Response:
     async def begin(request: CompletionRequest) -> list[_EchoedCompletion]:
         echoes: list[Chunk | None] = [None] * len(prompts)
         if asked.echo:
-            for i, prompt in enumerate(prompts):
-                scored = [Token(t) for t in prompt.ids]
-                if asked.logprobs is not None:
-                    scored = await request.score(prompt.ids, asked.logprobs)
+            scores = [[Token(t) for t in prompt.ids] for prompt in prompts]
+            if asked.logprobs is not None:
+                scores = await _gather([request.score(prompt.ids, asked.logprobs) for prompt in prompts])
+            for i, (prompt, scored) in enumerate(zip(prompts, scores, strict=True)):
                 echoes[i] = _echo(server, prompt, scored, "length" if max_tokens == 0 else None)
         begun = []
         for i in range(len(prompts) * n):
-            sampling = asked.sampling(i, max_tokens, asked.logprobs)
+            sampling = asked.sampling(i % n, max_tokens, engine.vocabulary, asked.logprobs)
             choice = request.complete(prompts[i // n].ids, sampling, stop) if max_tokens else None
             begun.append(_EchoedCompletion(echoes[i // n], choice))
         return begun
 
-    def shown(index: int, piece: Chunk) -> dict[str, Any]:
-        logprobs = None if asked.logprobs is None else _logprobs(server, piece)
-        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+    def shown(index: int, chunk: Chunk) -> dict[str, Any]:
+        logprobs = None if asked.logprobs is None else _logprobs(server, chunk)
+        return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish}
 
     answer = _Answer(server, asked, "cmpl-", "text_completion", "text_completion", begin, shown, shown)
     return await answer.send(sum(len(p.ids) for p in prompts))
@@ -227,10 +147,7 @@ async def _chat(server: Server, asked: ChatBody) -> Response:
             f"{server.base_name} is a base model without a chat template: send a prompt to {PREFIX}/completions.",
             param="messages",
         )
-    messages = [
-        {"role": m.role, "content": m.content if isinstance(m.content, str) else "".join(p.text for p in m.content)}
-        for m in asked.messages
-    ]
+    messages = [{"role": m.role, "content": m.text} for m in asked.messages]
     template = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
     try:
         ids: Any = await asyncio.to_thread(template, messages)
@@ -241,22 +158,30 @@ async def _chat(server: Server, asked: ChatBody) -> Response:
     )
     stop = asked.stops(server.limits.stop)
     n = asked.n or 1
+    top = (asked.top_logprobs or 0) if asked.logprobs else None
+    if asked.top_logprobs and top is None:
+        raise ApiError(400, "invalid_value", "top_logprobs needs logprobs: true.", param="top_logprobs")
+    _check_logprobs(server, top, engine.vocabulary, "top_logprobs")
     _check_choices(server, n)
     _check_prompt(ids, max_tokens, engine.max_length, engine.vocabulary)
 
     async def begin(request: CompletionRequest) -> list[_EchoedCompletion]:
-        return [_EchoedCompletion(None, request.complete(ids, asked.sampling(k, max_tokens), stop)) for k in range(n)]
+        settings = [asked.sampling(k, max_tokens, engine.vocabulary, top) for k in range(n)]
+        return [_EchoedCompletion(None, request.complete(ids, sampling, stop)) for sampling in settings]
+
+    def probabilities(chunk: Chunk) -> dict[str, Any] | None:
+        return None if top is None else _chat_logprobs(server, chunk)
 
     began: set[int] = set()
 
-    def delta(index: int, piece: Chunk) -> dict[str, Any]:
-        said = {"content": piece.text} if index in began else {"role": "assistant", "content": piece.text}
+    def delta(index: int, chunk: Chunk) -> dict[str, Any]:
+        content = {"content": chunk.text} if index in began else {"role": "assistant", "content": chunk.text}
         began.add(index)  # clients put the deltas together, the role's too
-        return {"index": index, "delta": said, "logprobs": None, "finish_reason": piece.finish}
+        return {"index": index, "delta": content, "logprobs": probabilities(chunk), "finish_reason": chunk.finish}
 
-    def message(index: int, piece: Chunk) -> dict[str, Any]:
-        said = {"role": "assistant", "content": piece.text}
-        return {"index": index, "message": said, "logprobs": None, "finish_reason": piece.finish}
+    def message(index: int, chunk: Chunk) -> dict[str, Any]:
+        content = {"role": "assistant", "content": chunk.text}
+        return {"index": index, "message": content, "logprobs": probabilities(chunk), "finish_reason": chunk.finish}
 
     answer = _Answer(server, asked, "chatcmpl-", "chat.completion", "chat.completion.chunk", begin, message, delta)
     return await answer.send(len(ids))
@@ -267,9 +192,23 @@ def _check(server: Server, asked: CompletionBody, max_tokens: int, vocabulary: i
         raise ApiError(400, "unsupported", "best_of: leave it out, or set it to n.", param="best_of")
     if max_tokens == 0 and not asked.echo:
         raise ApiError(400, "invalid_value", "max_tokens is 0 without echo: nothing to do.", param="max_tokens")
+    _check_logprobs(server, asked.logprobs, vocabulary, "logprobs")
+
+
+def _check_logprobs(server: Server, logprobs: int | None, vocabulary: int, param: str) -> None:
     most = min(server.limits.logprobs, vocabulary)
-    if asked.logprobs is not None and asked.logprobs > most:
-        raise ApiError(400, "invalid_value", f"logprobs can be at most {most}.", param="logprobs")
+    if logprobs is not None and logprobs > most:
+        raise ApiError(400, "invalid_value", f"{param} can be at most {most}.", param=param)
+
+
+async def _gather(work: Sequence[Coroutine[Any, Any, list[Token]]]) -> list[list[Token]]:
+    """The results of all; when one fails or the caller is cancelled, the others are cancelled too."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _check_choices(server: Server, choices: int) -> None:
@@ -316,24 +255,45 @@ def _echo(server: Server, prompt: _Prompt, tokens: list[Token], finish: str | No
     return Chunk(prompt.text, tuple(tokens), tuple(offsets), finish)
 
 
-def _logprobs(server: Server, piece: Chunk) -> dict[str, Any]:
+def _logprobs(server: Server, chunk: Chunk) -> dict[str, Any]:
+    """OpenAI's arrays of the completions endpoint."""
     _, _, tokenizer = server.require_ready()
     tops: list[dict[str, float] | None] = []
-    for t in piece.tokens:
-        if t.logprob is None:
-            tops.append(None)
-        else:
-            tops.append({_spelt(tokenizer, i): p for i, p in ((t.id, t.logprob), *t.top)})
+    names = []
+    for t in chunk.tokens:
+        known = dict([(t.id, t.logprob), *t.top])
+        spelled = _spell_apart(tokenizer, list(known))
+        names.append(spelled[t.id])
+        tops.append(None if t.logprob is None else {spelled[i]: p for i, p in known.items() if p is not None})
     return {
-        "tokens": [_spelt(tokenizer, t.id) for t in piece.tokens],
-        "token_logprobs": [t.logprob for t in piece.tokens],
+        "tokens": names,
+        "token_logprobs": [t.logprob for t in chunk.tokens],
         "top_logprobs": tops,
-        "text_offset": list(piece.offsets),
+        "text_offset": list(chunk.offsets),
     }
 
 
-def _spelt(tokenizer: Any, token: int) -> str:
-    """A token as text; one that is no whole character as the vocabulary spells it, so that no two are alike."""
+def _chat_logprobs(server: Server, chunk: Chunk) -> dict[str, Any]:
+    """OpenAI's list of the chat endpoint."""
+    _, _, tokenizer = server.require_ready()
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text = _spell(tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [entry(t.id, t.logprob) | {"top_logprobs": [entry(i, p) for i, p in t.top]} for t in chunk.tokens]
+    return {"content": content, "refusal": None}
+
+
+def _spell_apart(tokenizer: Any, tokens: Sequence[int]) -> dict[int, str]:
+    """Each token as text, no two alike: SentencePiece's "\u2581the" and "the" both decode to "the"."""
+    spelled = {token: _spell(tokenizer, token) for token in tokens}
+    texts = list(spelled.values())
+    return {t: s if texts.count(s) == 1 else tokenizer.convert_ids_to_tokens(t) for t, s in spelled.items()}
+
+
+def _spell(tokenizer: Any, token: int) -> str:
+    """A token as text; one that is no whole character as the vocabulary spells it."""
     text = tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
     return tokenizer.convert_ids_to_tokens(token) or "" if "\ufffd" in text or not text else text
 
@@ -345,13 +305,13 @@ class _EchoedCompletion:
     echo: Chunk | None
     generated: Completion | None
 
-    async def pieces(self) -> AsyncIterator[Chunk]:
+    async def chunks(self) -> AsyncIterator[Chunk]:
         if self.echo is not None:
             yield self.echo
         if self.generated is not None:
             start = len(self.echo.text) if self.echo else 0
-            async for piece in self.generated:
-                yield replace(piece, offsets=tuple(start + o for o in piece.offsets))
+            async for chunk in self.generated:
+                yield replace(chunk, offsets=tuple(start + o for o in chunk.offsets))
 
 
 @dataclass
@@ -359,7 +319,7 @@ class _Answer:
     """Several completions as one response, whole or streamed."""
 
     server: Server
-    asked: _SamplingFields
+    asked: SamplingFields
     prefix: str
     whole: str  # OpenAI's `object`
     chunk: str
@@ -371,49 +331,55 @@ class _Answer:
         self.id = f"{self.prefix}{uuid4().hex}"
         self.created = int(time.time())
         self.prompt_tokens = prompt_tokens
-        pieces = self._pieces()
+        chunks = self._chunks()
         if not self.asked.stream:
-            async with aclosing(pieces):
-                return ORJSONResponse(await self._all(pieces))
+            async with aclosing(chunks):
+                whole = await self._all(chunks)
+                return ORJSONResponse(whole, headers=self._headers())
         try:
-            first = await anext(pieces)  # what is refused is refused with a status, not inside a stream
+            first = await anext(chunks)  # what is refused is refused with a status, not inside a stream
         except BaseException:
-            await pieces.aclose()
+            await chunks.aclose()
             raise
-        return _Stream(self._events(first, pieces), media_type="text/event-stream")
+        return _Stream(self._events(first, chunks), media_type="text/event-stream", headers=self._headers())
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+    async def _chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         with CompletionRequest(self.server, self.asked.model, "openai") as request:
             self.target = request.target
             self.choices = await self.begin(request)
-            async with aclosing(_merged([c.pieces() for c in self.choices])) as merged:
+            async with aclosing(_merged([c.chunks() for c in self.choices])) as merged:
                 async for item in merged:
                     yield item
 
-    async def _all(self, pieces: AsyncGenerator[tuple[int, Chunk], None]) -> dict[str, Any]:
+    async def _all(self, chunks: AsyncGenerator[tuple[int, Chunk], None]) -> dict[str, Any]:
         parts: dict[int, list[Chunk]] = {}
-        async for index, piece in pieces:
-            parts.setdefault(index, []).append(piece)
+        async for index, chunk in chunks:
+            parts.setdefault(index, []).append(chunk)
         shown = [self.show_whole(i, _joined(parts[i])) for i in sorted(parts)]
         return self._frame(self.whole) | {"choices": shown, "usage": self._usage()}
 
     async def _events(
-        self, first: tuple[int, Chunk], pieces: AsyncGenerator[tuple[int, Chunk], None]
+        self, first: tuple[int, Chunk], chunks: AsyncGenerator[tuple[int, Chunk], None]
     ) -> AsyncGenerator[bytes, None]:
         usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
         frame = self._frame(self.chunk) | ({"usage": None} if usage else {})
-        async with aclosing(pieces):
+        async with aclosing(chunks):
             try:
                 yield _event(frame | {"choices": [self.show_chunk(*first)]})
-                async for index, piece in pieces:
-                    if piece.text or piece.tokens or piece.finish:
-                        yield _event(frame | {"choices": [self.show_chunk(index, piece)]})
+                async for index, chunk in chunks:
+                    if chunk.text or chunk.tokens or chunk.finish:
+                        yield _event(frame | {"choices": [self.show_chunk(index, chunk)]})
             except ApiError as e:
                 yield _event(e.body)
                 return
         if usage:
             yield _event(frame | {"choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
+
+    def _headers(self) -> dict[str, str]:
+        """Which version answered: a name such as `champion` may mean another one at the next request."""
+        version = self.target.version if self.target else None
+        return {"x-feyntune-version": version.name if version else BASE}
 
     def _frame(self, kind: str) -> dict[str, Any]:
         version = self.target.version if self.target else None
@@ -435,7 +401,7 @@ class _Answer:
 
 
 class _Stream(StreamingResponse):
-    """Closes its pieces when the client goes away, wherever that catches it."""
+    """Closes its chunks when the client goes away, wherever that catches it."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -448,23 +414,23 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
-def _joined(pieces: list[Chunk]) -> Chunk:
+def _joined(chunks: list[Chunk]) -> Chunk:
     return Chunk(
-        "".join(p.text for p in pieces),
-        tuple(t for p in pieces for t in p.tokens),
-        tuple(o for p in pieces for o in p.offsets),
-        pieces[-1].finish,
+        "".join(p.text for p in chunks),
+        tuple(t for p in chunks for t in p.tokens),
+        tuple(o for p in chunks for o in p.offsets),
+        chunks[-1].finish,
     )
 
 
 async def _merged(streams: list[AsyncIterator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """The pieces of all streams as they come, each with the number of its stream."""
+    """The chunks of all streams as they come, each with the number of its stream."""
     arrived: asyncio.Queue[tuple[int, Chunk] | BaseException | None] = asyncio.Queue()
 
     async def read(index: int, stream: AsyncIterator[Chunk]) -> None:
         try:
-            async for piece in stream:
-                arrived.put_nowait((index, piece))
+            async for chunk in stream:
+                arrived.put_nowait((index, chunk))
         except Exception as e:
             arrived.put_nowait(e)
         arrived.put_nowait(None)

@@ -1,6 +1,7 @@
 """The engine against transformers and PEFT run alone, and each trap that would mix adapters or stop its thread."""
 
 import asyncio
+import json
 import time
 from contextlib import asynccontextmanager
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from feyntune.engine.api import (
     ContextLengthError,
@@ -16,11 +18,13 @@ from feyntune.engine.api import (
     EngineSettings,
     InvalidAdapterError,
     NoFreeSlotError,
+    NonFiniteError,
     QueueFullError,
     Sampling,
 )
 from feyntune.engine.batching import BatchingEngine
-from feyntune.engine.lora import install
+from feyntune.engine.lora import install, read_adapter
+from feyntune.engine.sampling import adjust, draw
 from feyntune.model.load import load_base, prompt
 from tests.serving.factories import save_adapter
 
@@ -354,12 +358,10 @@ def test_sampling_by_seed_does_not_depend_on_the_company(tiny_base, adapters, al
 
 
 def test_draws_follow_the_tempered_nucleus():
-    from feyntune.engine.batching import _draw
-
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(max_tokens=1, temperature=0.7, top_p=0.9)
-    counts = torch.bincount(torch.stack([_draw(logits, sampling, generator) for _ in range(20_000)]), minlength=5)
+    counts = torch.bincount(torch.stack([draw(logits, sampling, generator) for _ in range(20_000)]), minlength=5)
     p = (logits / 0.7).softmax(-1)
     kept = torch.tensor([True, True, False, False, False])  # 0.753 + 0.180 reach 0.9
     expected = torch.where(kept, p, 0) / p[kept].sum()
@@ -374,10 +376,8 @@ def test_draws_follow_the_tempered_nucleus():
     st.integers(0, 99),
 )
 def test_a_draw_is_always_inside_the_nucleus(logits, top_p, temperature, seed):
-    from feyntune.engine.batching import _draw
-
     logits = torch.tensor(logits)
-    drawn = int(_draw(logits, Sampling(1, temperature, top_p), torch.Generator().manual_seed(seed)))
+    drawn = int(draw(logits, Sampling(1, temperature, top_p), torch.Generator().manual_seed(seed)))
     p = (logits / temperature).softmax(-1)
     assert p[p > p[drawn]].sum() < top_p + 1e-5
 
@@ -443,3 +443,120 @@ def test_scores_asked_for_at_once_are_those_of_each_adapter_alone(tiny_base, ada
     apart, asked = run(together())
     assert len({tuple(a) for a in apart}) == len(names)
     assert asked == apart * 3
+
+
+def test_an_adapter_that_poisons_one_token_touches_nobody_else(tiny_base, adapters, alone, tokenizer, tmp_path):
+    """It passes the trial on the first tokens and overflows on token 77 only."""
+    ids_ = prompt(tokenizer, TEXTS[1])
+    folder = save_adapter(tmp_path / "poison", tiny_base, targets=["v_proj"], rank=1, strength=0.0)
+    model = load_base(tiny_base, "fp32", "cpu", attention="sdpa")
+    normed = model.model.layers[0].input_layernorm(model.get_input_embeddings().weight.detach())
+    harmless = torch.linalg.qr(normed[:32].T)[0]
+    direction = normed[77] - harmless @ (harmless.T @ normed[77])
+    weights = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in weights.items():
+        if "layers.0." in name:
+            weights[name] = 3e19 * (direction[None] if "lora_A" in name else torch.ones_like(tensor))
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    async def beside():
+        async with running(tiny_base, adapters) as engine:
+            await engine.load_adapter("poison", folder)
+            others = [asyncio.ensure_future(ids(engine.submit(None, ids_, greedy(150, ignore_eos=True))))]
+            await asyncio.sleep(0.05)
+            with pytest.raises(NonFiniteError):
+                await collect(engine.submit("poison", [5, 77, 6], greedy(20)))
+            with pytest.raises(NonFiniteError):
+                await engine.score("poison", [5, 77, 6], 1)
+            return await asyncio.gather(*others)
+
+    assert run(beside()) == [alone(None, ids_, 150, eos_token_id=None)]
+
+
+def test_a_held_adapter_answers_after_it_was_unloaded(tiny_base, adapters):
+    name = next(iter(adapters))
+
+    async def held():
+        async with running(tiny_base, adapters) as engine:
+            before = await engine.score(name, [5, 6, 7], 1)
+            with engine.hold(name):
+                engine.unload_adapter(name)
+                assert await engine.score(name, [5, 6, 7], 1) == before
+                await collect(engine.submit(name, [5, 6, 7], greedy(3)))
+            with pytest.raises(KeyError):
+                engine.submit(name, [5, 6, 7], greedy(3))
+
+    run(held())
+
+
+def test_scores_count_are_bounded_and_end_with_who_asked(tiny_base):
+    settings = EngineSettings(max_adapters=1, max_rank=4, batch_tokens=64, batch_requests=4, cache_tokens=512, queue=3)
+
+    async def scores():
+        async with running(tiny_base, settings=settings) as engine:
+            tasks = [asyncio.ensure_future(engine.score(None, [5] * 60, 1)) for _ in range(3)]
+            await asyncio.sleep(0)
+            assert engine.load().waiting == 3
+            with pytest.raises(QueueFullError):
+                await engine.score(None, [5, 6], 1)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert engine.load().waiting == 0
+
+    run(scores())
+
+
+def test_outputs_of_cancelled_requests_are_not_kept(tiny_base):
+    async def cancelled():
+        async with running(tiny_base) as engine:
+            for _ in range(20):
+                generation = engine.submit(None, [5] * 50, greedy(50, ignore_eos=True))
+                async for _ in generation:
+                    break
+                engine.cancel(generation)
+            await asyncio.sleep(0.2)
+            return engine._manager.output_router.output_queue.qsize()
+
+    assert run(cancelled()) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("inf")},
+        {"use_qalora": True},
+        {"alora_invocation_tokens": [1]},
+        {"init_lora_weights": "pissa"},
+        {"layers_to_transform": [0]},
+        {"another_kind_of_adapter": 3},
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_its_setting(adapters, tmp_path, change):
+    config = json.loads((next(iter(adapters.values())) / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InvalidAdapterError, match=next(iter(change))):
+        read_adapter(tmp_path, {}, 8)
+
+
+def test_a_nested_config_and_weights_of_another_type_are_refused(adapters, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidAdapterError):
+        read_adapter(tmp_path, {}, 8)
+    config = next(iter(adapters.values())) / "adapter_config.json"
+    (tmp_path / "adapter_config.json").write_bytes(config.read_bytes())
+    save_file({"x": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InvalidAdapterError, match="I8"):
+        read_adapter(tmp_path, {}, 8)
+
+
+def test_settings_of_sampling_change_the_logits_as_they_say():
+    logits = torch.tensor([2.0, -1.0, 1.0, 0.5])
+    settings = Sampling(4, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 1.0),))
+    assert adjust(logits, settings, [0], [1, 1], []).tolist() == [1.0, -3.25, 1.0, 1.5]
+    assert adjust(logits, Sampling(4, min_tokens=2), [0], [1], [2]).tolist()[2] == -torch.inf
+    generator = torch.Generator().manual_seed(0)
+    assert {int(draw(logits, Sampling(4, 1.0, top_k=2), generator)) for _ in range(200)} == {0, 2}
+    assert {int(draw(logits, Sampling(4, 1.0, min_p=0.9), generator)) for _ in range(200)} == {0}
+    assert int(draw(logits, Sampling(4, 1e-40), generator)) == 0

@@ -1,6 +1,7 @@
 """What names mean, version after version, and the canary. A source in memory, an engine that only keeps count."""
 
 import asyncio
+import contextlib
 import random
 
 import pytest
@@ -58,6 +59,9 @@ class Engine:
 
     def unload_adapter(self, key):
         self.loaded.remove(key)
+
+    def hold(self, adapter):
+        return contextlib.nullcontext()
 
 
 @pytest.fixture
@@ -208,7 +212,7 @@ def test_a_failing_canary_loses_its_share_until_there_is_another(source):
     assert catalog.resolve("champion").version == TWO
     for _ in range(100):
         catalog.canary.record("champion", ONE, failed=False)
-    for i in range(20):
+    for i in range(32):
         catalog.canary.record("canary", TWO, failed=i % 2 == 0)
     assert catalog.resolve("champion").version == ONE
     refreshed(catalog)
@@ -237,3 +241,58 @@ def test_the_registry_counts_as_read_only_when_what_is_in_it_is_loaded(source):
     refreshed(catalog)
     assert seen == [0.0]
     assert catalog.read > 0
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_an_equal_candidate_is_backed_off_no_more_often_than_promised(rate):
+    draw = random.Random(7)
+    backed_off = 0
+    for _ in range(300):
+        canary = Canary(0.5, candidate=TWO)
+        for _ in range(1200):
+            arm, version = ("canary", TWO) if draw.random() < 0.5 else ("champion", ONE)
+            canary.record(arm, version, failed=draw.random() < rate)
+        backed_off += canary.backed_off is not None
+    assert backed_off / 300 <= 0.02  # 1 % is promised; the rest is the simulation's own error
+
+
+def test_an_error_of_any_kind_refuses_one_adapter_and_serves_the_others(source):
+    catalog = Catalog(source, Engine(), BASE)
+    source.names = {"a": ONE, "b": OTHER}
+    source.broken[ONE.name] = NotImplementedError('"isfinite" not implemented for Float8')
+    refreshed(catalog)
+    assert "NotImplementedError" in catalog.refused[ONE.name]
+    assert catalog.resolve("b").version == OTHER
+
+
+def test_an_endpoint_is_not_ready_before_its_champion_answers(source):
+    catalog = Catalog(source, Engine(), BASE)
+    source.names, source.aliases = {"a": OTHER, "champion": ONE}, frozenset({"champion"})
+    source.broken[ONE.name] = StoreError("the store does not answer")
+    refreshed(catalog)
+    assert not catalog.settled
+    assert catalog.missing == {"champion": ONE.name}
+    source.broken.clear()
+    refreshed(catalog)
+    assert catalog.settled
+    assert catalog.missing == {}
+
+
+def test_the_champion_gets_the_only_slot(source):
+    catalog = Catalog(source, Engine(slots=1), BASE)
+    source.names, source.aliases = {"a": OTHER, "champion": ONE}, frozenset({"champion"})
+    refreshed(catalog)
+    assert catalog.names == {"champion": ONE}
+
+
+def test_a_quarantined_version_is_served_no_more_and_says_why(source):
+    engine = Engine()
+    catalog = Catalog(source, engine, BASE)
+    source.names = {"a": ONE, "b": OTHER}
+    refreshed(catalog)
+    catalog.quarantine(ONE, "not finite")
+    source.names["c"] = OTHER
+    refreshed(catalog)
+    assert catalog.resolve("a") is None
+    assert "quarantined" in catalog.why_not("a")
+    assert engine.loaded == {OTHER.digest}

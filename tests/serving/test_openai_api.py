@@ -196,9 +196,10 @@ def test_an_unknown_model_is_named_with_those_there_are(client):
         ({"prompt": "x", "temperature": -1}, "temperature"),
         ({"prompt": "x", "top_p": 0}, "top_p"),
         ({"prompt": "x", "stop": [""]}, "stop"),
-        ({"prompt": "x", "stop": list("abcde")}, "stop"),
-        ({"prompt": "x", "presence_penalty": 1}, "presence_penalty"),
-        ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "x", "stop": ["a"] * 65}, "stop"),
+        ({"prompt": "x", "presence_penalty": 3}, "presence_penalty"),
+        ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"prompt": "x", "tools": [{"type": "function"}]}, "tools"),
         ({"prompt": "x", "frobnicate": True}, "frobnicate"),
     ],
 )
@@ -301,3 +302,22 @@ def test_metrics_count_by_adapter(endpoint, client):
     ):
         assert metric in text
     assert "gpt-4" not in text
+
+
+def test_an_answer_names_the_version_that_gave_it(endpoint, registry):
+    champion = registry.snapshot().aliases["champion"]
+    for path in ("/openai/v1/completions", "/v1/completions"):
+        for body in ({}, {"stream": True}):
+            body = {"model": "champion", "prompt": "The soup", "max_tokens": 2, **body}
+            answer = httpx.post(endpoint.url + path, json=body, timeout=60)
+            assert answer.headers["x-feyntune-version"] == champion
+    listed = {m["id"]: m for m in httpx.get(f"{endpoint.url}/openai/v1/models").json()["data"]}
+    assert listed["champion"]["version"] == champion
+    assert listed["champion"]["max_model_len"] == listed["base"]["max_model_len"] > 0
+
+
+def test_fields_that_ask_for_nothing_are_accepted(endpoint):
+    fields = {"top_k": -1, "repetition_penalty": 1.0, "min_tokens": 0, "stop_token_ids": [], "tools": []}
+    fields |= {"skip_special_tokens": True, "metadata": {"a": "b"}, "store": False, "service_tier": None}
+    body = {"model": "base", "prompt": "The soup", "max_tokens": 2, **fields}
+    assert httpx.post(f"{endpoint.url}/openai/v1/completions", json=body, timeout=60).status_code == 200

@@ -85,3 +85,18 @@ def test_a_text_goes_on_where_the_prompt_ended_with_decoders_that_drop_a_first_s
     if prompt and prompt[-1] in (1, 2, 3, 4):
         assert before + made == tokenizer.decode(prompt + ids, skip_special_tokens=True)
     assert detokenizer.length <= len(made)
+
+
+def test_a_byte_that_breaks_an_earlier_newline_breaks_no_stream():
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "We", "B", *[f"<0x{b:02X}>" for b in range(256)]])}
+    raw = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=raw))
+    tokens = [vocabulary[t] for t in ("We", "<0x0A>", "<0xF0>", "B", "We", "<0xF0>")]
+    text = "".join(detokenizer.add(t) for t in tokens) + detokenizer.end()
+    assert text == "We\n\ufffdBWe\ufffd"
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text_held():
+    stopper = Stopper(["a" * 400])
+    assert "".join(stopper.add("b" + "a" * 10) for _ in range(20)) + stopper.end() == ("b" + "a" * 10) * 20
