@@ -47,7 +47,10 @@ def attach(
         manifest = open_artifact(people, "study-result")
         _check(people, manifest, evaluations)
         text = (Path(people) / "summary.md").read_text(encoding="utf-8")
-        result["study"] = {**json.loads((Path(people) / "summary.json").read_text(encoding="utf-8")), "markdown": text}
+        result |= {
+            "study": json.loads((Path(people) / "summary.json").read_text(encoding="utf-8")),
+            "study_markdown": text,
+        }
         inputs["study"] = manifest.digest
     for folder in judges:
         manifest = open_artifact(folder, "judgement")
@@ -114,7 +117,7 @@ def appendix(summary: dict[str, Any]) -> str:
     """The sections of table.md on the study and the judges; empty where there are none."""
     text = ""
     if "study" in summary:
-        text += "\n## Study\n\n" + summary["study"]["markdown"]
+        text += "\n## Study\n\n" + summary["study_markdown"]
     if "judges" in summary:
         text += "\n## Judges\n\n| judge | system | against | papers | win rate (95 %) | Holm p | flipped |\n"
         text += "|---|---|---|---:|---:|---:|---:|\n"
