@@ -99,7 +99,7 @@ def _file(path: Path) -> dict[str, Any]:
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{name} is not YAML ({' '.join(str(e).split())}): see recipes/paper.yaml.") from e
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{name} holds no settings: write sections train and evaluate, as recipes/paper.yaml does.")
@@ -114,7 +114,7 @@ def _change(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text}: write SECTION.SETTING=VALUE, such as train.learning_rate=1e-4.")
     try:
         parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"--set {text}: {value} is not a YAML value ({' '.join(str(e).split())}).") from e
     for key in reversed(keys):
         parsed = {key: parsed}
@@ -133,7 +133,7 @@ def _check(recipe: dict[str, Any], name: str) -> tuple[BaseModel, BaseModel]:
             )
             hint = f"write it under {home}" if home else "its sections are train and evaluate"
             raise UserError(f"{name}: there is no section {key}: {hint}.")
-        if not isinstance(part, dict):
+        if not isinstance(part, dict) or not all(isinstance(setting, str) for setting in part):
             raise UserError(f"{name}: {key} must hold settings, such as {key}.precision.")
     try:
         train = parse_config(recipe.get("train", {}))

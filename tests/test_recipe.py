@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feyntune.errors import UserError
@@ -86,6 +86,7 @@ def test_the_default_follows_the_base(tmp_path: Path) -> None:
     assert default_recipe(f"{tmp_path}@{'0' * 64}") == "tiny"
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
     for source, changes in ((None, [text]), ("{" + text, [])):
@@ -96,6 +97,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
 _TREES = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), _TREES), st.dictionaries(st.sampled_from("abc"), _TREES))
 def test_merging_keeps_what_was_given(default: dict, given_values: dict) -> None:
     merged = dict(_flat(merge(default, given_values)))

@@ -7,7 +7,7 @@ from feyntune.artifacts.records import normal_form
 from feyntune.ingestion.synthetic import everyday_texts, synthetic_records
 
 TEXTS = 8000
-PHYSICS_SHARE = 0.06  # of the texts: enough to write sentences of the field, and much is left to learn
+PHYSICS_SHARE = 0.1  # of the texts: enough to write sentences of the field, and much is left to learn
 STEPS = 1500
 
 

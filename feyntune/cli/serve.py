@@ -1,0 +1,68 @@
+"""`feyntune serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from feyntune.cli.options import DEFAULT_REGISTRY, Base, RegistryUri, setup_logging, warn
+from feyntune.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: feyntune serve --base runs/base --registry runs/registry --port 8080")
+def serve(
+    base: Base,
+    registry: RegistryUri = DEFAULT_REGISTRY,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8081,
+    precision: Annotated[str, typer.Option(help="Precision of the base in memory: bf16, fp32 or nf4.")] = "fp32",
+    max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 40,
+    max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 16,
+    canary_share: Annotated[
+        float, typer.Option(help="Fraction (0 to 1) of the champion's requests for the newest version in staging.")
+    ] = 0.0,
+    drain_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 60.0,
+    linger_seconds: Annotated[float, typer.Option(help="Time to take new requests after SIGTERM.")] = 0.0,
+    keys_file: Annotated[Path | None, typer.Option(help="Bearer keys, one a line; without it, no key is needed.")] = (
+        None
+    ),
+    workbench: Annotated[bool, typer.Option(help="Serve the workbench page at /.")] = True,
+) -> None:
+    """Serve the base and every registered adapter from one endpoint."""
+    import socket
+
+    setup_logging()
+    if precision not in ("bf16", "fp32", "nf4"):
+        raise UserError(f"--precision {precision}: choose bf16, fp32 or nf4.")
+    for option, number in (("--port", port), ("--grpc-port", grpc_port)):  # before the imports, which take seconds
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, number))
+            except OSError as e:
+                raise UserError(f"{option} {number}: cannot listen there ({e.strerror}); choose another.") from e
+    if "://" not in registry and not Path(registry).is_dir():
+        warn(f"there is no registry at {registry}: serving the base model alone.")
+    from feyntune.model.base import pin_base
+
+    pin_base(base)
+    from feyntune.serving.serve import serve
+
+    serve(
+        registry,
+        base,
+        host=host,
+        port=port,
+        grpc_port=grpc_port,
+        precision=precision,  # type: ignore[arg-type]
+        max_adapters=max_adapters,
+        max_rank=max_rank,
+        canary_share=canary_share,
+        drain_seconds=drain_seconds,
+        linger_seconds=linger_seconds,
+        keys_file=keys_file,
+        workbench=workbench,
+    )

@@ -1,0 +1,61 @@
+"""The base model of the demonstration: small, whole, and what its command makes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from feyntune.artifacts.artifact import ArtifactError, open_artifact, sha256_json
+from feyntune.demo import DIGEST, SHIPPED, copy_demo_base
+from feyntune.demo.make import STEPS, demo_texts
+from feyntune.errors import UserError
+from feyntune.model.load import encode, load_base, prompt
+
+
+def test_it_is_whole_and_small() -> None:
+    manifest = open_artifact(SHIPPED, "base")
+    assert manifest.digest == DIGEST
+    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 5e6
+    assert (SHIPPED / "model.safetensors").stat().st_size < 4e6
+
+
+def test_its_command_would_train_on_the_same_texts() -> None:
+    manifest = open_artifact(SHIPPED, "base")
+    assert manifest.inputs["texts"] == sha256_json([t for t in demo_texts() if t.strip()])
+    assert manifest.config["steps"] == STEPS
+
+
+def test_vllm_can_serve_it() -> None:
+    model = load_base(str(SHIPPED), "bf16", "cpu")
+    assert model.config.head_dim == 32
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    assert tokenizer("We study")["input_ids"] == prompt(tokenizer, "We study")
+    assert encode(tokenizer, "We study")[:-1] == prompt(tokenizer, "We study")
+
+
+def test_it_is_copied_once(tmp_path: Path) -> None:
+    folder = copy_demo_base(tmp_path / "runs" / "base")
+    assert open_artifact(folder, "base").digest == DIGEST
+    marker = folder / "manifest.json"
+    before = marker.stat().st_mtime_ns
+    assert copy_demo_base(folder) == folder
+    assert marker.stat().st_mtime_ns == before
+
+
+def test_another_folder_in_its_place_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "mine").touch()
+    with pytest.raises(UserError, match="no base model"):
+        copy_demo_base(tmp_path / "base")
+    assert (tmp_path / "base" / "mine").exists()
+
+
+def test_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "shipped"
+    shutil.copytree(SHIPPED, damaged)
+    (damaged / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr("feyntune.demo.SHIPPED", damaged)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
+        copy_demo_base(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
