@@ -171,8 +171,8 @@ def select_variants(requested: list[str]) -> list[str]:
     for name in requested:
         full = aliases.get(name, name)
         if full not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+            near = [n for n in known if n.startswith(f"{name}/")] or difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {' or '.join(near)}?" if near else "docs/reference/variants.md lists all of them."
             raise UserError(f"There is no variant {name!r}: {hint}")
         selected.append(full)
     if not selected:

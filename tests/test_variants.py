@@ -34,3 +34,8 @@ def test_a_misspelt_variant_is_refused_with_the_nearest_one() -> None:
         select_variants(["hepth/lora-all"])
     with pytest.raises(UserError, match="No variant is selected"):
         select_variants([])
+
+
+def test_a_mixture_without_a_method_is_completed() -> None:
+    with pytest.raises(UserError, match="did you mean hep-th/lora-qkv or hep-th/lora-all"):
+        select_variants(["hep-th"])
