@@ -98,7 +98,7 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C where there is one
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{name} is not YAML ({' '.join(str(e).split())}): see recipes/paper.yaml.") from e
     if value is not None and not isinstance(value, dict):

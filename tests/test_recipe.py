@@ -86,7 +86,7 @@ def test_the_default_follows_the_base(tmp_path: Path) -> None:
     assert default_recipe(f"{tmp_path}@{'0' * 64}") == "tiny"
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(st.text())
 def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
     for source, changes in ((None, [text]), ("{" + text, [])):
@@ -97,7 +97,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
 _TREES = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(st.dictionaries(st.sampled_from("abc"), _TREES), st.dictionaries(st.sampled_from("abc"), _TREES))
 def test_merging_keeps_what_was_given(default: dict, given_values: dict) -> None:
     merged = dict(_flat(merge(default, given_values)))
