@@ -15,13 +15,23 @@ app = typer.Typer()
 def doctor(
     store: Annotated[str | None, typer.Option(help="Store to check: a folder or s3://BUCKET/PREFIX.")] = None,
     host: Annotated[str | None, typer.Option(help="URL of Kubeflow Pipelines to check.")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check the cluster of KUBECONFIG, read-only.")] = False,
+    release: Annotated[str, typer.Option(help="Release to check for, with --cluster.")] = "feyntune",
+    namespace: Annotated[str, typer.Option(help="Its namespace.")] = "feyntune",
+    runs: Annotated[str, typer.Option(help="Namespace of its runs.")] = "kubeflow",
     as_json: Json = False,
 ) -> None:
     """Report what is missing on this machine or cluster, one sentence each."""
     from feyntune.doctor import examine
 
     setup_logging(quiet=as_json)
-    checks = list(examine(store, host))
+    if cluster:
+        from feyntune.deployment.cluster import connect
+        from feyntune.doctor_cluster import check_cluster
+
+        checks = list(check_cluster(release, namespace, runs, connect()))
+    else:
+        checks = list(examine(store, host))
     if as_json:
         print(json.dumps([c._asdict() for c in checks]))
     else:
