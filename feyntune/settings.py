@@ -71,7 +71,8 @@ class S3Settings(BaseModel):
         if (access_key is None) != (secret_key is None):
             missing = "AWS_ACCESS_KEY_ID" if access_key is None else "AWS_SECRET_ACCESS_KEY"
             raise UserError(f"An s3:// address needs {missing} in the environment beside the other key: set it.")
-        if access_key and not variable(*ENDPOINTS) and not _AWS_KEY.fullmatch(access_key):
+        chosen = variable(*ENDPOINTS, "AWS_REGION", "AWS_DEFAULT_REGION")  # a region alone means AWS
+        if access_key and not chosen and not _AWS_KEY.fullmatch(access_key):
             raise UserError(
                 "AWS_ACCESS_KEY_ID is not a key of AWS and no S3_ENDPOINT is set: set S3_ENDPOINT to your server, "
                 "such as http://minio.example:9000."
