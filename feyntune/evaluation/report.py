@@ -356,12 +356,13 @@ def _reproduce(summary: dict[str, Any], manifests: Mapping[str, Manifest]) -> di
         config = {k: v for k, v in adapter.config.items() if k not in ("variant", "mixture", "method")}
         commands.append(
             f"feyntune train --data split --mix {mixture} --method {method} --base BASE --out adapters/{name} "
-            f"--recipe '{json.dumps(config)}'"
+            f"--recipe '{json.dumps({'train': config})}'"
         )
     given = "".join(f" --adapter {name}=adapters/{name}" for name in known)
     settings = {k: v for k, v in evaluation.config.items() if k != "include_base"}
     commands.append(
-        f"feyntune evaluate --data split --base BASE --out evaluation{given} --recipe '{json.dumps(settings)}'"
+        f"feyntune evaluate --data split --base BASE --out evaluation{given} "
+        f"--recipe '{json.dumps({'evaluate': settings})}'"
     )
     digests = {"corpus": summary["corpus"]["digest"], "split": summary["split"]["digest"]}
     digests |= {"base": summary["base"]["digest"], "test set": summary["test"]["digest"]}
