@@ -2,7 +2,7 @@
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED_BRANCH = 3
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, start again to go on
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: state is saved, start again to resume
 
 
 class UserError(Exception):
@@ -10,4 +10,8 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The step was asked to stop, has saved its state, and goes on from there when started again."""
+    """The step was asked to stop, has saved its state, and resumes from there when started again."""
+
+
+class VariantsFailed(Exception):
+    """Some variants of the run failed; their results are missing from the report, which names them."""

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from rich.progress import (
 
 log = logging.getLogger("feyntune")
 console = Console(stderr=True, soft_wrap=True)  # results go to standard output, everything else here
+ERROR = "error: "  # what the last line of a failed step begins with
 RELAYED = "\x1efeyntune "  # marks a step's own lines for the local run, which shows them
 
 
@@ -61,6 +63,25 @@ def _end_with(pid: int) -> None:
             return
 
 
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """End a step of the pipeline with exit code 2 and one sentence as the last line of its log, on invalid input.
+
+    Kubeflow's executor prints the traceback of whatever a component raises, and its launcher one of its own; an exit
+    leaves the sentence last. Kubernetes shows the same sentence as the container's termination message.
+    """
+    from feyntune.errors import EXIT_BAD_INPUT, EXIT_FAILED_BRANCH, UserError, VariantsFailed
+
+    try:
+        yield
+    except (UserError, VariantsFailed) as e:
+        sentence = " ".join(str(e).split())
+        with suppress(OSError), Path("/dev/termination-log").open("r+") as message:  # a pod's; absent elsewhere
+            message.write(sentence)
+        print(f"{ERROR}{sentence}", file=sys.stdout if "FEYNTUNE_RUN_PID" in os.environ else sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT if isinstance(e, UserError) else EXIT_FAILED_BRANCH)
+
+
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}
@@ -75,7 +96,7 @@ class ProgressLogger:
     def __init__(self, what: str, total: float | None, unit: str, bar: Progress | None):
         self.what, self.total, self.unit, self.bar = what, total, unit, bar
         self.done = 0.0
-        self.started = self.said = time.monotonic()
+        self.started = self.last_shown = time.monotonic()
         self.task = bar.add_task(what, total=total, notes="") if bar else None
 
     def advance(self, by: float = 1, **notes: float | str) -> None:
@@ -83,17 +104,17 @@ class ProgressLogger:
         self.done += by
         seconds = max(time.monotonic() - self.started, 1e-9)
         rate = self.done / seconds
-        shown = [f"{rate:,.1f} {self.unit}/s"]
-        shown += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items()]
+        notes_shown = [f"{rate:,.1f} {self.unit}/s"]
+        notes_shown += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items()]
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=self.done, notes="  ".join(shown))
-        elif time.monotonic() - self.said >= 10:
-            self.said = time.monotonic()
+            self.bar.update(self.task, completed=self.done, notes="  ".join(notes_shown))
+        elif time.monotonic() - self.last_shown >= 10:
+            self.last_shown = time.monotonic()
             left = ""
             if self.total:
                 left = f"/{self.total:,.0f}"
-                shown.append(f"{(self.total - self.done) / rate:,.0f} s left")
-            log.info("%s: %s%s %s, %s", self.what, f"{self.done:,.0f}", left, self.unit, ", ".join(shown))
+                notes_shown.append(f"{(self.total - self.done) / rate:,.0f} s left")
+            log.info("%s: %s%s %s, %s", self.what, f"{self.done:,.0f}", left, self.unit, ", ".join(notes_shown))
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""The small components between the rooms: check before anything starts, skip what is done, say how it ended."""
+"""The components between the steps: check before anything starts, say what is to be done, say how it ended."""
 
 from typing import List, NamedTuple  # noqa: UP035 (Kubeflow's type annotations)
 
 from kfp import dsl
 
+from feyntune.constants import WORKER_IMAGE
 
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
+
+@dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
 def preflight(
     source: str,
     until: str,
@@ -19,39 +21,43 @@ def preflight(
     store: str,
     registry: str,
     serving: dict,
-) -> NamedTuple("Pinned", variants=list[str], base=str, fingerprint=str, code=str):  # type: ignore[misc,valid-type]
-    """Fail in seconds on what would fail after hours; pin the base, the source and the code."""
+) -> NamedTuple("Pinned", variants=list[str], base=str, fingerprint=str):  # type: ignore[misc,valid-type]
+    """Fail in seconds on what would fail after hours; pin the base and the source."""
     from feyntune.kubeflow.preflight import preflight
+    from feyntune.telemetry import one_sentence
 
-    chosen = [variant] if variant else variants
-    days = {"until": until, "after": after}
-    return preflight(source, chosen, base, recipe, devices, store, registry, serving, days, categories)
+    with one_sentence():
+        selected = [variant] if variant else variants
+        days = {"until": until, "after": after}
+        return preflight(source, selected, base, recipe, devices, store, registry, serving, days, categories)
 
 
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
-def todo(
-    variant: str,
+@dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
+def check_cache(
+    data: dsl.Input[dsl.Dataset],
     variants: List[str],  # noqa: UP006
-    split: str,
     base: str,
     recipe: dict,
-    code: str,
     store: str,
-) -> str:
-    """Where this branch keeps its results in the store; "" if it was not chosen or is finished already.
+    plan: dsl.Output[dsl.Markdown],
+) -> NamedTuple("Pending", base=list[str], variants=list[str]):  # type: ignore[misc,valid-type]
+    """List what no earlier run finished: ["base"] or [], and variants. `plan` says which iteration is which."""
+    from pathlib import Path
 
-    One output, not two: the local runner resolves conditions on a task's only output.
-    """
-    if variant != "base" and variant not in variants:
-        return ""
-    from feyntune.kubeflow.preflight import todo
+    from feyntune.kubeflow.preflight import check_cache
+    from feyntune.telemetry import one_sentence
 
-    return todo(variant, split, base, recipe, code, store)
+    with one_sentence():
+        pending = check_cache(data.path, variants, base, recipe, store)
+        Path(plan.path).write_text(pending.table(variants))
+        return (pending.base, pending.variants)  # type: ignore[return-value]
 
 
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
-def verdict(comparison: dsl.Input[dsl.Dataset]):
-    """Fail the run, with every result and the report already there, when a branch failed."""
-    from feyntune.kubeflow.preflight import verdict
+@dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
+def fail_if_any_failed(comparison: dsl.Input[dsl.Dataset]):
+    """Fail the run when a variant failed; every result and the report are there already."""
+    from feyntune.kubeflow.preflight import fail_if_any_failed
+    from feyntune.telemetry import one_sentence
 
-    verdict(comparison.path)
+    with one_sentence():
+        fail_if_any_failed(comparison.path)

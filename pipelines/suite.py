@@ -1,14 +1,19 @@
-"""The suite: every variant trained, evaluated, compared and registered.
+"""The pipelines: variants trained, scored, compared and registered.
 
-    preflight -> ingest -> split -> [ todo -> train -> evaluate ] for base and each variant
-              -> compare -> register -> deploy, verdict
+    preflight -> ingest -> split -> check-cache -> for the base, unless scored:   evaluate-base
+                                                -> for each unfinished variant:   train -> evaluate
+              -> compare -> register -> deploy, fail-if-any-failed
 
-The branches are unrolled from variants.yaml, not looped over at run time: a cluster does not honour retries inside a
-loop. `todo` skips a branch that was not chosen or was finished by an earlier run. A branch that fails hands its
-failure on as data, so the tasks end well and the others are still compared; `verdict` then fails the run.
+`check-cache` lists what no earlier run finished, and `dsl.ParallelFor` loops over that list, so pods exist only for
+the variants that a run selected and still has to train. A variant that fails leaves its failure in the store and its
+task ends normally: the others are still compared, and `fail-if-any-failed` then fails the run.
+
+`compare` is an ordinary task, not one with `ignore_upstream_failure`: Kubeflow 2.17 compiles that to an Argo exit hook
+on every task it depends on (backend/src/v2/compiler/argocompiler/dag.go), which would run it once for each of them,
+and nothing may depend on a hook.
 """
 
-from typing import Any, List, Literal  # noqa: UP035 (Kubeflow's type annotations)
+from typing import Any, List  # noqa: UP035 (Kubeflow's type annotations)
 
 from kfp import dsl, kubernetes
 
@@ -18,85 +23,43 @@ from components.ingest.component import ingest
 from components.register.component import register
 from components.split.component import split
 from components.train.component import train
-from feyntune.names import BASE, slug
+from feyntune.constants import (
+    DEFAULT_BASE,
+    DEFAULT_REGISTRY,
+    DEFAULT_SOURCE,
+    DEFAULT_STORE,
+    HUB_SECRET,
+    IMAGE_USER,
+    S3_SECRET,
+)
 from feyntune.variants import load_variants
-from pipelines.glue import preflight, todo, verdict
+from pipelines.glue import check_cache, fail_if_any_failed, preflight
 
 VARIANTS = load_variants().names()
-GPUS = 3
-USER = 65532  # the images' numeric user; restricted namespaces refuse root
-S3_SECRET, HUB_SECRET = "feyntune-s3", "feyntune-hub"
-DEFAULT_BASE = "meta-llama/Llama-3.1-8B"
-DEFAULT_SOURCE = "oai:https://oaipmh.arxiv.org/oai"
-DEFAULT_STORE = "s3://feyntune"
-DEFAULT_REGISTRY = "s3://feyntune/registry"
+SUITE_GPUS, VARIANT_GPUS = 1, 3  # of one training pod: many variants pack best on one each, a single one uses all
+CPUS_PER_GPU, MEMORY_PER_GPU = 6, 24  # cores, GiB
 CATEGORIES = ["hep-th", "hep-ph", "gr-qc", "q-bio", "cs"]  # what the ten mixtures draw from
 PAPER_CUT_OFF = "2024-08-22"  # the Kaggle snapshot FeynTune was trained on
-
-
-def suite(flavour: Literal["gpu", "cpu"]) -> Any:
-    """The pipeline with a branch for every variant of variants.yaml; a run's `variants` chooses among them."""
-    branches = {name: _branch(name, flavour) for name in [BASE, *VARIANTS]}
-
-    @dsl.pipeline(name="feyntune-suite", description="Variants trained, compared with the base, and registered.")
-    def pipeline(
-        source: str = DEFAULT_SOURCE,
-        until: str = PAPER_CUT_OFF,
-        categories: List[str] = CATEGORIES,  # noqa: UP006
-        after: str = "",
-        variants: List[str] = VARIANTS,  # noqa: UP006
-        base: str = DEFAULT_BASE,
-        recipe: dict = {},  # noqa: B006
-        devices: int = GPUS if flavour == "gpu" else 1,
-        store: str = DEFAULT_STORE,
-        registry: str = DEFAULT_REGISTRY,
-        serving: dict = {},  # noqa: B006
-    ):
-        _steps(branches, source, until, categories, after, variants, base, recipe, devices, store, registry, serving)
-
-    return pipeline
-
-
-def variant(flavour: Literal["gpu", "cpu"]) -> Any:
-    """The pipeline with one variant, chosen from a list in the Kubeflow form (see compile.py)."""
-    branches = {BASE: _branch(BASE, flavour), "variant": _branch("variant", flavour)}
-
-    @dsl.pipeline(name="feyntune-variant", description="One variant trained, compared with the base, and registered.")
-    def pipeline(
-        variant: str = "hep-th+hep-ph+gr-qc/lora-all",
-        source: str = DEFAULT_SOURCE,
-        until: str = PAPER_CUT_OFF,
-        categories: List[str] = CATEGORIES,  # noqa: UP006
-        after: str = "",
-        base: str = DEFAULT_BASE,
-        recipe: dict = {},  # noqa: B006
-        devices: int = GPUS if flavour == "gpu" else 1,
-        store: str = DEFAULT_STORE,
-        registry: str = DEFAULT_REGISTRY,
-        serving: dict = {},  # noqa: B006
-    ):
-        _steps(branches, source, until, categories, after, [], base, recipe, devices, store, registry, serving, variant)
-
-    return pipeline
+RETRY_FOR = "1209600s"  # two weeks: Kubeflow's default ends retries one hour after the first attempt began
 
 
 def _steps(
-    branches: dict[str, Any],
+    gpus: int,
     source: Any,
     until: Any,
     categories: Any,
     after: Any,
     variants: Any,
+    variant: Any,
     base: Any,
     recipe: Any,
     devices: Any,
     store: Any,
     registry: Any,
     serving: Any,
-    variant: Any = "",
 ) -> None:
-    """The tasks of either pipeline; every argument is a pipeline parameter or a constant."""
-    pinned = preflight(
+    """The tasks of either pipeline; every argument but `gpus` is a pipeline parameter or a constant."""
+    checked = preflight(
         source=source,
         until=until,
         categories=categories,
@@ -110,118 +73,53 @@ def _steps(
         registry=registry,
         serving=serving,
     )
-    _cpu_step(pinned, hub=True).set_caching_options(False)
-    pin = pinned.outputs
+    _cpu_step(checked, hub=True).set_caching_options(False).set_env_variable("FEYNTUNE_POD_GPUS", str(gpus))
+    pinned = checked.outputs
 
-    corpus = ingest(source=source, until=until, categories=categories, fingerprint=pin["fingerprint"], store=store)
-    _cpu_step(corpus, memory="8Gi").set_retry(3, backoff_duration="60s")
-    papers = split(corpus=corpus.outputs["corpus"], after=after, fingerprint=pin["fingerprint"])
+    corpus = ingest(source=source, until=until, categories=categories, fingerprint=pinned["fingerprint"], store=store)
+    _cpu_step(corpus, memory="8Gi").set_retry(3, backoff_duration="60s", backoff_max_duration=RETRY_FOR)
+    papers = split(corpus=corpus.outputs["corpus"], after=after, fingerprint=pinned["fingerprint"])
     _cpu_step(papers, memory="16Gi")
+    data = papers.outputs["data"]
 
-    ends = []
-    for name, branch in branches.items():
-        task = branch(
-            data=papers.outputs["data"],
-            split=papers.outputs["Output"],
-            variants=pin["variants"],
-            base=pin["base"],
+    pending = check_cache(data=data, variants=pinned["variants"], base=pinned["base"], recipe=recipe, store=store)
+    _cpu_step(pending).set_caching_options(False)
+
+    with dsl.ParallelFor(pending.outputs["base"], name="score the base") as name:
+        scored = evaluate_base(data=data, variant=name, base=pinned["base"], recipe=recipe, store=store)
+        _gpu_step(scored, 1).set_caching_options(False)
+        scored.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+    with dsl.ParallelFor(pending.outputs["variants"], name="each variant") as name:
+        trained = train(data=data, variant=name, base=pinned["base"], recipe=recipe, devices=devices, store=store)
+        # An interrupted training resumes from its newest checkpoint in the store.
+        _gpu_step(trained, gpus).set_caching_options(False)
+        trained.set_retry(5, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+        measured = evaluate(
+            data=data,
+            adapter=trained.outputs["adapter"],
+            variant=name,
+            base=pinned["base"],
             recipe=recipe,
-            devices=devices,
-            code=pin["code"],
             store=store,
-            **({"variant": variant} if name == "variant" else {}),
         )
-        ends.append(task.set_display_name(name))
+        _gpu_step(measured, 1).set_caching_options(False)
+        measured.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
 
     compared = compare(
         corpus=corpus.outputs["corpus"],
-        data=papers.outputs["data"],
-        variants=pin["variants"],
-        base=pin["base"],
+        data=data,
+        variants=pinned["variants"],
+        base=pinned["base"],
         recipe=recipe,
-        code=pin["code"],
         store=store,
-    ).after(*ends)
+    ).after(scored, measured)
     _cpu_step(compared, memory="8Gi").set_caching_options(False)
     registered = register(comparison=compared.outputs["comparison"], store=store, registry=registry)
     _cpu_step(registered).set_caching_options(False)
-    served = deploy(champion=registered.outputs["Output"], base=pin["base"], registry=registry, serving=serving)
+    served = deploy(champion=registered.outputs["Output"], base=pinned["base"], registry=registry, serving=serving)
     _cpu_step(served).set_caching_options(False)
-    ended = verdict(comparison=compared.outputs["comparison"]).after(registered)
+    ended = fail_if_any_failed(comparison=compared.outputs["comparison"]).after(registered)
     _cpu_step(ended).set_caching_options(False)
-
-
-def _branch(name: str, flavour: str) -> Any:
-    """The nested pipeline of one system: the base, a variant, or "variant" for one named at run time."""
-
-    def steps(data: Any, split: Any, variant: Any, variants: Any, base: Any, recipe: Any, devices: Any, code: Any,
-              store: Any) -> None:  # fmt: skip
-        need = todo(variant=variant, variants=variants, split=split, base=base, recipe=recipe, code=code, store=store)
-        _cpu_step(need).set_caching_options(False)
-        branch = need.output
-        with dsl.If(branch != ""):
-            if name == BASE:
-                scored = evaluate_base(data=data, base=base, recipe=recipe, store=store, branch=branch)
-            else:
-                trained = train(
-                    data=data,
-                    variant=variant,
-                    base=base,
-                    recipe=recipe,
-                    devices=devices,
-                    store=store,
-                    branch=branch,
-                )
-                # Exit code 75 means interrupted and saved: the retry goes on from the newest checkpoint.
-                _gpu_step(trained, flavour, GPUS).set_caching_options(False).set_retry(5, backoff_duration="30s")
-                scored = evaluate(
-                    data=data,
-                    adapter=trained.outputs["adapter"],
-                    variant=variant,
-                    base=base,
-                    recipe=recipe,
-                    store=store,
-                    branch=branch,
-                )
-            _gpu_step(scored, flavour, 1).set_caching_options(False).set_retry(2, backoff_duration="30s")
-
-    if name == "variant":
-
-        @dsl.pipeline(name="branch-variant")
-        def branch(
-            data: dsl.Input[dsl.Dataset],
-            split: str,
-            variant: str,
-            variants: List[str],  # noqa: UP006
-            base: str,
-            recipe: dict,
-            devices: int,
-            code: str,
-            store: str,
-        ):
-            steps(data, split, variant, variants, base, recipe, devices, code, store)
-
-    else:
-
-        @dsl.pipeline(name=f"branch-{_task_name(name)}")
-        def branch(
-            data: dsl.Input[dsl.Dataset],
-            split: str,
-            variants: List[str],  # noqa: UP006
-            base: str,
-            recipe: dict,
-            devices: int,
-            code: str,
-            store: str,
-        ):
-            steps(data, split, name, variants, base, recipe, devices, code, store)
-
-    return branch
-
-
-def _task_name(name: str) -> str:
-    """A variant's name in the letters Kubeflow allows in a pipeline's name."""
-    return slug(name).replace(".", "-").replace("_", "-")
 
 
 def _cpu_step(task: dsl.PipelineTask, memory: str = "4Gi", hub: bool = False) -> dsl.PipelineTask:
@@ -233,18 +131,58 @@ def _cpu_step(task: dsl.PipelineTask, memory: str = "4Gi", hub: bool = False) ->
     )
     if hub:
         kubernetes.use_secret_as_env(task, HUB_SECRET, {"HF_TOKEN": "HF_TOKEN"}, optional=True)
-    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "feyntune")  # what the chart's policies go by
-    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "feyntune")  # what the chart's policies select
+    kubernetes.set_security_context(task, run_as_user=IMAGE_USER, run_as_group=IMAGE_USER, run_as_non_root=True)
     task.set_env_variable("FEYNTUNE_LOG", "json").set_env_variable("HOME", "/tmp")
     return task.set_cpu_request("1").set_memory_request("1Gi").set_memory_limit(memory)
 
 
-def _gpu_step(task: dsl.PipelineTask, flavour: str, gpus: int) -> dsl.PipelineTask:
-    """A step on the A100 pool (or, in the CPU flavour, on any node)."""
-    _cpu_step(task, memory="64Gi" if flavour == "gpu" else "8Gi", hub=True)
+def _gpu_step(task: dsl.PipelineTask, gpus: int) -> dsl.PipelineTask:
+    """A step on the A100 pool. `feyntune.kubeflow.adapt` scales its resources with the number of GPUs."""
+    _cpu_step(task, memory=f"{64 * gpus}Gi", hub=True)
+    task.set_cpu_request(str(CPUS_PER_GPU * gpus)).set_memory_request(f"{MEMORY_PER_GPU * gpus}Gi")
     kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="16Gi")
-    if flavour == "gpu":
-        task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
-        kubernetes.add_node_selector(task, "cloud.google.com/gke-accelerator", "nvidia-tesla-a100")
-        kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
+    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+    kubernetes.add_node_selector(task, "cloud.google.com/gke-accelerator", "nvidia-tesla-a100")
+    kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
     return task
+
+
+@dsl.pipeline(
+    name="feyntune-suite",
+    description="Train several variants, compare them with the base model, and register the best ones.",
+)
+def suite(
+    source: str = DEFAULT_SOURCE,
+    until: str = PAPER_CUT_OFF,
+    categories: List[str] = CATEGORIES,  # noqa: UP006
+    after: str = "",
+    variants: List[str] = VARIANTS,  # noqa: UP006
+    base: str = DEFAULT_BASE,
+    recipe: dict = {},  # noqa: B006
+    devices: int = SUITE_GPUS,
+    store: str = DEFAULT_STORE,
+    registry: str = DEFAULT_REGISTRY,
+    serving: dict = {},  # noqa: B006
+):
+    _steps(SUITE_GPUS, source, until, categories, after, variants, "", base, recipe, devices, store, registry, serving)
+
+
+@dsl.pipeline(
+    name="feyntune-variant",
+    description="Train one variant, compare it with the base model, and register it.",
+)
+def variant(
+    variant: str = "hep-th+hep-ph+gr-qc/lora-all",
+    source: str = DEFAULT_SOURCE,
+    until: str = PAPER_CUT_OFF,
+    categories: List[str] = CATEGORIES,  # noqa: UP006
+    after: str = "",
+    base: str = DEFAULT_BASE,
+    recipe: dict = {},  # noqa: B006
+    devices: int = VARIANT_GPUS,
+    store: str = DEFAULT_STORE,
+    registry: str = DEFAULT_REGISTRY,
+    serving: dict = {},  # noqa: B006
+):
+    _steps(VARIANT_GPUS, source, until, categories, after, [], variant, base, recipe, devices, store, registry, serving)

@@ -2,10 +2,14 @@
 
 from kfp import dsl
 
+from feyntune.constants import WORKER_IMAGE
 
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
+
+@dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
 def deploy(champion: str, base: str, registry: str, serving: dict) -> str:
     """Bring the registry to the KServe endpoint that `serving` describes, if it does. Returns its address."""
     from feyntune.deployment.step import deploy_registry
+    from feyntune.telemetry import one_sentence
 
-    return deploy_registry(champion, base, registry, serving)
+    with one_sentence():
+        return deploy_registry(champion, base, registry, serving)

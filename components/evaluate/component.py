@@ -1,11 +1,13 @@
-"""The Kubeflow components of the evaluate step: one branch's scores, and the comparison of all of them."""
+"""The Kubeflow components of the evaluate step: the scores of one system, and the comparison of all."""
 
 from typing import List  # noqa: UP035 (Kubeflow's type annotations)
 
 from kfp import dsl
 
+from feyntune.constants import TRAINER_IMAGE, WORKER_IMAGE
 
-@dsl.component(base_image="feyntune/trainer:0.1.0", install_kfp_package=False)
+
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
 def evaluate(
     data: dsl.Input[dsl.Dataset],
     adapter: dsl.Input[dsl.Model],
@@ -13,51 +15,55 @@ def evaluate(
     base: str,
     recipe: dict,
     store: str,
-    branch: str,
     scores: dsl.Output[dsl.Dataset],
 ):
     """Score one variant's adapter on the test abstracts."""
     from feyntune.evaluation.step import evaluate_branch
+    from feyntune.telemetry import one_sentence
 
-    evaluate_branch(data.path, variant, adapter.path, base, recipe, store, branch, scores.path)
+    with one_sentence():
+        evaluate_branch(data.path, variant, adapter.path, base, recipe, store, scores.path)
 
 
-@dsl.component(base_image="feyntune/trainer:0.1.0", install_kfp_package=False)
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
 def evaluate_base(
     data: dsl.Input[dsl.Dataset],
+    variant: str,
     base: str,
     recipe: dict,
     store: str,
-    branch: str,
     scores: dsl.Output[dsl.Dataset],
 ):
-    """Score the base model on the test abstracts."""
+    """Score the base model (named `variant`) on the test abstracts."""
     from feyntune.evaluation.step import evaluate_branch
+    from feyntune.telemetry import one_sentence
 
-    evaluate_branch(data.path, "base", None, base, recipe, store, branch, scores.path)
+    with one_sentence():
+        evaluate_branch(data.path, variant, None, base, recipe, store, scores.path)
 
 
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
+@dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
 def compare(
     corpus: dsl.Input[dsl.Dataset],
     data: dsl.Input[dsl.Dataset],
     variants: List[str],  # noqa: UP006
     base: str,
     recipe: dict,
-    code: str,
     store: str,
     comparison: dsl.Output[dsl.Dataset],
     report: dsl.Output[dsl.HTML],
     table: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Compare all branches with the base, paired over abstracts, and write the report."""
+    """Compare all variants with the base, paired over abstracts, and write the report."""
     import shutil
 
     from feyntune.evaluation.step import compare_branches
+    from feyntune.telemetry import one_sentence
 
-    found = compare_branches(corpus.path, data.path, variants, base, recipe, code, store, comparison.path)
-    shutil.copyfile(f"{comparison.path}/report.html", report.path)
-    shutil.copyfile(f"{comparison.path}/table.md", table.path)
-    for name, value in found.items():
-        metrics.log_metric(name, value)
+    with one_sentence():
+        values = compare_branches(corpus.path, data.path, variants, base, recipe, store, comparison.path)
+        shutil.copyfile(f"{comparison.path}/report.html", report.path)
+        shutil.copyfile(f"{comparison.path}/table.md", table.path)
+        for name, value in values.items():
+            metrics.log_metric(name, value)

@@ -4,8 +4,10 @@ from typing import List  # noqa: UP035 (Kubeflow's type annotations)
 
 from kfp import dsl
 
+from feyntune.constants import WORKER_IMAGE
 
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
+
+@dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
 def ingest(
     source: str,
     until: str,
@@ -19,9 +21,13 @@ def ingest(
 
     from feyntune.artifacts.store import FolderStore, open_store
     from feyntune.ingestion.ingest import ingest
+    from feyntune.telemetry import one_sentence
 
-    kept, harvest = open_store(store), None
-    if isinstance(kept, FolderStore):  # on this machine's disk: it outlives the step and goes on where it was
-        harvest = kept.root / "harvests" / hashlib.sha256(source.encode()).hexdigest()[:16]
-    manifest = ingest(source, corpus.path, until=until or None, categories=categories, state=harvest)
-    corpus.metadata["digest"] = manifest.digest
+    with one_sentence():
+        artifacts, harvest = open_store(store), None
+        if isinstance(
+            artifacts, FolderStore
+        ):  # on this machine's disk: it outlives the step, and a later run resumes it
+            harvest = artifacts.root / "harvests" / hashlib.sha256(source.encode()).hexdigest()[:16]
+        manifest = ingest(source, corpus.path, until=until or None, categories=categories, state=harvest)
+        corpus.metadata["digest"] = manifest.digest

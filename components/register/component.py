@@ -2,8 +2,10 @@
 
 from kfp import dsl
 
+from feyntune.constants import WORKER_IMAGE
 
-@dsl.component(base_image="feyntune/worker:0.1.0", install_kfp_package=False)
+
+@dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
 def register(
     comparison: dsl.Input[dsl.Dataset],
     store: str,
@@ -12,5 +14,7 @@ def register(
 ) -> str:
     """Put the adapters that were measured into the registry, promote the best one past the gate. Returns it."""
     from feyntune.registry.step import register_branches
+    from feyntune.telemetry import one_sentence
 
-    return register_branches(comparison.path, store, registry, registration.path)
+    with one_sentence():
+        return register_branches(comparison.path, store, registry, registration.path)

@@ -2,8 +2,10 @@
 
 from kfp import dsl
 
+from feyntune.constants import TRAINER_IMAGE
 
-@dsl.component(base_image="feyntune/trainer:0.1.0", install_kfp_package=False)
+
+@dsl.component(base_image=TRAINER_IMAGE, install_kfp_package=False)
 def train(
     data: dsl.Input[dsl.Dataset],
     variant: str,
@@ -11,12 +13,13 @@ def train(
     recipe: dict,
     devices: int,
     store: str,
-    branch: str,
     adapter: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Train one variant's adapter on all devices of this pod; exit code 75 asks for a retry, which resumes."""
+    """Train one variant's adapter on all devices of this pod; a retry resumes from the newest checkpoint."""
     from feyntune.training.step import train_branch
+    from feyntune.telemetry import one_sentence
 
-    for name, value in train_branch(data.path, variant, base, recipe, devices, store, branch, adapter.path).items():
-        metrics.log_metric(name, value)
+    with one_sentence():
+        for name, value in train_branch(data.path, variant, base, recipe, devices, store, adapter.path).items():
+            metrics.log_metric(name, value)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from feyntune.artifacts.artifact import read_manifest
-from feyntune.artifacts.cache import failure_as_data, finished, newest_failure, place, scratch
+from feyntune.artifacts.cache import code_digest, failure_as_data, finished, newest_failure, place, scratch
 from feyntune.artifacts.store import open_store, pull, push
 from feyntune.errors import UserError
 from feyntune.names import BASE
@@ -20,7 +20,6 @@ def evaluate_branch(
     base: str,
     recipe: dict[str, Any],
     store: str,
-    branch: str,
     out: str,
 ) -> None:
     """Score `variant` (its adapter, or the base itself) into `out` and the store; a failed branch stays failed."""
@@ -32,6 +31,7 @@ def evaluate_branch(
     from feyntune.evaluation.evaluate import evaluate
 
     artifacts = open_store(store)
+    branch = place(read_manifest(data).digest, base, recipe, code_digest(), variant)
     with failure_as_data(artifacts, branch, "evaluate", variant, out):
         config = EvaluateConfig.model_validate({**recipe.get("evaluate", {}), "include_base": adapter is None})
         evaluate(data, base, {} if adapter is None else {variant: adapter}, out, config)
@@ -44,7 +44,6 @@ def compare_branches(
     variants: list[str],
     base: str,
     recipe: dict[str, Any],
-    code: str,
     store: str,
     out: str,
 ) -> dict[str, float]:
@@ -64,7 +63,7 @@ def compare_branches(
     adapter_uris: dict[str, str] = {}
     with scratch() as folder:
         for i, name in enumerate([BASE, *variants]):
-            branch = place(split, base, recipe, code, name)
+            branch = place(split, base, recipe, code_digest(), name)
             if finished(artifacts, branch):
                 pull(artifacts, f"{branch}/evaluation", folder / f"evaluation-{i}", kind="evaluation")
                 evaluations.append(folder / f"evaluation-{i}")

@@ -1,10 +1,11 @@
 """What a compiled pipeline takes on in one cluster: its images, its GPU pool, its queue, and the form's defaults."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feyntune.errors import UserError
 
@@ -18,8 +19,10 @@ class Settings(BaseModel):
     Attributes:
         images: prefix of the images, such as `registry.example/team`.
         tag: of the images.
-        defaults: of the pipelines' parameters, by name; those a pipeline does not have are left out. `devices` is
-            also the number of GPUs that a training's pod asks for.
+        defaults: of the pipelines' parameters, by name; those a pipeline does not have are left out.
+        gpus: that a training pod asks for, and the default of `devices`; 0 for a cluster without GPUs. As compiled,
+            `suite` asks for one GPU a variant and `variant` for three.
+        parallelism: how many variants of a suite run at the same time; all of them when 0.
         nodeSelector, tolerations: of the steps that ask for GPUs, in Kubernetes' own form.
         queue: the Kueue LocalQueue of the steps that ask for GPUs.
         pullSecrets: names of Secrets with a registry's login, for every step.
@@ -37,6 +40,8 @@ class Settings(BaseModel):
     images: str = ""
     tag: str = ""
     defaults: dict[str, Any] = {}
+    gpus: int | None = Field(None, ge=0, le=16)
+    parallelism: int = Field(0, ge=0)
     nodeSelector: dict[str, str] | None = None
     tolerations: list[dict[str, Any]] | None = None
     queue: str = ""
@@ -86,13 +91,22 @@ def adapt(text: str, settings: Settings) -> str:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]
         if "accelerator" in container.get("resources", {}):
             _pool(step, settings)
-            if name.startswith("exec-train") and "devices" in settings.defaults:
-                count = str(settings.defaults["devices"])
-                container["resources"]["accelerator"] |= {"count": count, "resourceCount": count}
+            if settings.gpus == 0:
+                _without_gpus(container["resources"], step)
+            elif settings.gpus and name == "exec-train":
+                _scale(container["resources"], settings.gpus)
+        if name == "exec-preflight" and settings.gpus is not None:
+            container["env"] = [*container["env"], {"name": "FEYNTUNE_POD_GPUS", "value": str(settings.gpus)}]
+            container["env"] = [*{e["name"]: e for e in container["env"]}.values()]
+    if settings.parallelism:
+        for task in spec["root"]["dag"]["tasks"].values():
+            if "parameterIterator" in task:
+                task["iteratorPolicy"] = {"parallelismLimit": settings.parallelism}
     if settings.pipelineRoot:
         spec["defaultPipelineRoot"] = settings.pipelineRoot
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    for name, value in settings.defaults.items():
+    devices = {} if settings.gpus is None else {"devices": max(settings.gpus, 1)}
+    for name, value in (devices | settings.defaults).items():
         if name not in parameters:
             continue
         _check_default(name, value, parameters[name]["parameterType"])
@@ -131,6 +145,29 @@ def _pool(step: dict[str, Any], settings: Settings) -> None:
     if settings.queue:
         labels = step.setdefault("podMetadata", {}).setdefault("labels", {})
         labels["kueue.x-k8s.io/queue-name"] = settings.queue
+
+
+def _scale(resources: dict[str, Any], gpus: int) -> None:
+    """The compiled resources are whole multiples of what one GPU needs."""
+    compiled = int(resources["accelerator"]["resourceCount"])
+    resources["accelerator"] |= {"count": str(gpus), "resourceCount": str(gpus)}
+    for key in ("resourceCpuRequest", "resourceMemoryRequest", "resourceMemoryLimit"):
+        amount, unit = re.fullmatch(r"(\d+)(\D*)", resources[key]).groups()  # type: ignore[union-attr]
+        resources[key] = f"{int(amount) // compiled * gpus}{unit}"
+    for key in ("cpuRequest", "memoryRequest", "memoryLimit"):
+        if key in resources:
+            resources[key] = resources[key] / compiled * gpus
+
+
+def _without_gpus(resources: dict[str, Any], step: dict[str, Any]) -> None:
+    """Any node will do, and a tiny model's memory."""
+    del resources["accelerator"]
+    resources |= {"resourceCpuRequest": "1", "resourceMemoryRequest": "1Gi", "resourceMemoryLimit": "8Gi"}
+    for key, value in {"cpuRequest": 1.0, "memoryRequest": 1.073741824, "memoryLimit": 8.589934592}.items():
+        if key in resources:
+            resources[key] = value
+    for key in ("nodeSelector", "tolerations"):
+        step.pop(key, None)
 
 
 _KINDS: dict[str, Any] = {

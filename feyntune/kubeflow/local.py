@@ -1,11 +1,11 @@
 """Run the compiled suite on this machine: the same YAML a cluster runs, its steps as processes, a folder as store.
 
 WORKDIR/base/       the tiny base model, a copy of the shipped one
-        store/      branches, checkpoints; what was finished is not done again
+        store/      checkpoints, adapters, scores; what was finished is not computed again
         registry/   what may be served
         steps/      what passes between steps, and Kubeflow's cache of finished ones
         RUN/        summary.json, report.html, table.md, run.log of one run
-        latest      link to the newest RUN
+        latest      link to the newest RUN that has a report
 """
 
 import contextlib
@@ -16,28 +16,32 @@ import logging
 import os
 import re
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from feyntune.artifacts.names import expand
 from feyntune.demo import copy_demo_base
-from feyntune.errors import UserError
+from feyntune.errors import Interrupted, UserError
 from feyntune.kubeflow.adapt import COMPILED
-from feyntune.kubeflow.preflight import refuse_null
+from feyntune.kubeflow.preflight import check_input, refuse_null
+from feyntune.model.base import pin_base
 from feyntune.recipe import read_recipe
-from feyntune.telemetry import RELAYED, log
-from feyntune.variants import select_variants
+from feyntune.telemetry import ERROR, RELAYED, log
 
 TINY_RECIPE = read_recipe(default="tiny")
+CATEGORIES = ["hep-th", "hep-ph", "gr-qc", "q-bio", "cs"]  # what the ten mixtures draw from, as in the pipelines
 
 
 class RunFailed(Exception):
-    """The pipeline ended in failure; the message says why and where the log is.
+    """The pipeline failed; the message says why and where the log is.
 
-    `reported` says whether it got as far as a report, which then holds the branches that did not fail.
+    `reported` says whether it got as far as a report, which then has the variants that did not fail.
     """
 
     def __init__(self, message: str, reported: bool):
@@ -52,6 +56,7 @@ def run(
     *,
     until: str = "",
     after: str = "",
+    categories: list[str] | None = None,
     base: str | None = None,
     recipe: dict[str, Any] | None = None,
     devices: int = 1,
@@ -60,49 +65,69 @@ def run(
     """Run the suite over `source` for `variants`; returns the run's folder.
 
     Args:
+        categories: primary categories to ingest; those the mixtures draw from by default.
         base: a base model; the tiny one, which is shipped, by default.
-        recipe: settings of training and evaluation (`{"train": {…}, "evaluate": {…}}`).
+        recipe: settings of training and evaluation (`{"train": {…}, "evaluate": {…}}`); without `base`, merged over
+            TINY_RECIPE.
         serving: what to deploy at the end (fields of feyntune.deployment.deploy.ServingSpec); nothing by default.
 
     Raises:
-        UserError: bad input, found before anything expensive starts.
-        RunFailed: a branch failed; the others' results and the report are there.
+        UserError: bad input, found before anything is made.
+        Interrupted: Ctrl-C; the same command resumes.
+        RunFailed: a step or a variant failed; the other variants' results and the report are there.
     """
-    variants = select_variants(variants)
-    refuse_null(recipe or {}, "recipe")
+    recipe = recipe or {}
+    refuse_null(recipe, "recipe")
     refuse_null(serving or {}, "serving")
-    workdir = workdir.resolve()
+    if base is None:
+        recipe = merge(TINY_RECIPE, recipe)
+    source, workdir = _absolute(source), workdir.resolve()
+    registry = (workdir / "registry").as_uri()
+    days = {"until": until, "after": after}
+    categories = categories or CATEGORIES
+    variants = check_input(source, variants, base or "", recipe, devices, registry, serving, days, categories)
+    if base is not None:
+        base = pin_base(base)
     workdir.mkdir(parents=True, exist_ok=True)
     with _only_run(workdir):
-        if base is None:
-            base = str(copy_demo_base(workdir / "base"))
-            recipe = TINY_RECIPE if recipe is None else recipe
         folder = workdir / datetime.now().strftime("%Y%m%d-%H%M%S")
         folder.mkdir()
         arguments = {
-            "source": _absolute(source),
+            "source": source,
             "until": until,
             "after": after,
+            "categories": categories,
             "variants": variants,
-            "base": base,
-            "recipe": recipe or {},
+            "base": base or str(copy_demo_base(workdir / "base")),
+            "recipe": recipe,
             "devices": devices,
             "store": (workdir / "store").as_uri(),
-            "registry": (workdir / "registry").as_uri(),
+            "registry": registry,
             "serving": serving or {},
         }
         steps = workdir / "steps"
         before = _runs_in(steps)
-        failed = _execute(arguments, steps, folder / "run.log")
+        failure = _execute(arguments, steps, folder / "run.log")
         # No folder is new when the first step failed; an older run's must not be taken for this one's.
         for new in _runs_in(steps) - before:
             _collect(new, folder, arguments)
-        latest = workdir / "latest"
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(folder.name)
-    if failed:
-        raise RunFailed(f"{failed} The whole log is {folder / 'run.log'}.", (folder / "summary.json").exists())
+        reported = (folder / "summary.json").exists()
+        if reported:
+            latest = workdir / "latest"
+            latest.unlink(missing_ok=True)
+            latest.symlink_to(folder.name)
+    if failure:
+        raise RunFailed(f"{failure} The whole log is {folder / 'run.log'}.", reported)
     return folder
+
+
+def merge(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`default` with the values of `given`, part by part."""
+    merged = dict(default)
+    for key, value in given.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 @contextlib.contextmanager
@@ -133,6 +158,7 @@ def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | No
         # The steps mark their own lines, which are shown as they come, and end when this process is gone.
         os.environ["FEYNTUNE_RUN_PID"] = str(os.getpid())
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["PYTHONSAFEPATH"] = "1"  # a step must not import a package that lies in the user's own folder
         local.init(
             runner=local.SubprocessRunner(use_venv=False),
             pipeline_root=str(steps),
@@ -140,21 +166,39 @@ def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | No
             enable_caching=True,
             cache_root=str(steps / ".cache"),
         )
-        pipeline = components.load_component_from_file(str(COMPILED / "suite.yaml"))
+        pipeline = components.load_component_from_text(_without_retries((COMPILED / "suite.yaml").read_text(encoding="utf-8")))
         with log_file.open("w", buffering=1, encoding="utf-8") as out:
             root, handler = logging.getLogger(), logging.StreamHandler(out)
             before = root.handlers
             root.handlers = [handler]
+            previous = signal.signal(signal.SIGINT, _interrupt)
             try:
                 with contextlib.redirect_stdout(_Relay(out)):
                     pipeline(**arguments)
+            except KeyboardInterrupt:
+                raise Interrupted("Interrupted.") from None
             except RuntimeError as e:
                 failure = str(e)
             else:
                 return None
             finally:
                 root.handlers = before
+                signal.signal(signal.SIGINT, previous)
     return _why(log_file) or failure
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    log.warning("interrupted: the running steps save and end")
+    raise KeyboardInterrupt
+
+
+def _without_retries(text: str) -> str:
+    """A cluster retries what its nodes break; on this machine a step that failed fails again."""
+    documents = list(yaml.load_all(text, Loader=yaml.CSafeLoader))
+    for dag in [documents[0]["root"], *documents[0]["components"].values()]:
+        for task in dag.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
+    return str(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
 
 
 class _Relay(io.TextIOBase):
@@ -177,11 +221,13 @@ class _Relay(io.TextIOBase):
 
 
 def _why(log_file: Path) -> str | None:
-    """The last error a step printed: the message of its exception."""
-    found = re.findall(
-        r"^\s*[\w.]+(?:Error|Failed): (.+)$", log_file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-    )
-    return found[-1] if found else None
+    """The last error a step printed: its one sentence, or the message of its exception."""
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    sentences = re.findall(rf"(?:^|\s){ERROR}(.+)$", text, re.MULTILINE)
+    if sentences:
+        return str(sentences[-1])
+    messages = re.findall(r"^\s*[\w.]+(?:Error|Failed): (.+)$", text, re.MULTILINE)
+    return str(messages[-1]) if messages else None
 
 
 def _runs_in(steps: Path) -> set[Path]:

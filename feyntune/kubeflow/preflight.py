@@ -1,7 +1,9 @@
-"""What the glue components do: checks before the first expensive step, and the verdict after the last."""
+"""Checks before the first expensive step, what is still to be done, and whether any variant failed."""
 
 import hashlib
 import json
+import os
+import re
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,24 +11,21 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from feyntune.artifacts.artifact import read_manifest
 from feyntune.artifacts.cache import code_digest, finished, place
 from feyntune.artifacts.names import expand
 from feyntune.artifacts.store import open_store
-from feyntune.errors import UserError
+from feyntune.errors import UserError, VariantsFailed
 from feyntune.model.base import pin_base
+from feyntune.names import BASE
 from feyntune.telemetry import log, setup
 from feyntune.variants import select_variants
-
-
-class BranchesFailed(Exception):
-    """Some branches of the run failed; their results are missing from the report, which names them."""
 
 
 class Pinned(NamedTuple):
     variants: list[str]  # full names, in the order of variants.yaml
     base: str  # LOCATION@DIGEST
     fingerprint: str  # changes when the source or the code that reads it does
-    code: str
 
 
 def preflight(
@@ -48,11 +47,34 @@ def preflight(
         categories: what is ingested, by primary category; None is all.
 
     Raises:
-        UserError: an unknown variant or setting, a day that is none, test categories that are not ingested, a source
-            that is not there, a base that cannot be found, a store that cannot be written, a serving description that
-            no endpoint can have.
+        UserError: what `check_input` refuses, a base that cannot be found, a store that cannot be written.
     """
     setup()
+    names = check_input(source, variants, base, recipe, devices, registry, serving, days, categories)
+    for address in dict.fromkeys((store, registry)):
+        writable(address)
+    pinned = Pinned(names, pin_base(base), source_fingerprint(source))
+    log.info("base model %s, store %s: ready", pinned.base.rpartition("@")[0], store)
+    return pinned
+
+
+def check_input(
+    source: str,
+    variants: list[str],
+    base: str,
+    recipe: dict[str, Any],
+    devices: int,
+    registry: str,
+    serving: dict[str, Any] | None = None,
+    days: dict[str, str] | None = None,
+    categories: list[str] | None = None,
+) -> list[str]:
+    """The checks of `preflight` that need no store and no network; returns the full names of the variants.
+
+    Raises:
+        UserError: an unknown variant or setting, a day that is none, test categories that are not ingested, a source
+            that is not there, a serving description that no endpoint can have.
+    """
     from feyntune.evaluation.config import EvaluateConfig
     from feyntune.ingestion.fields import CategoryFilter, parse_day
     from feyntune.training.config import parse_config
@@ -60,8 +82,14 @@ def preflight(
     names = select_variants(variants)
     unknown = set(recipe) - {"train", "evaluate"}
     if unknown:
-        raise UserError(f"recipe holds {', '.join(sorted(unknown))}; it has two parts, train and evaluate.")
+        raise UserError(f"recipe has {', '.join(sorted(unknown))}; it has two parts, train and evaluate.")
     parse_config({**recipe.get("train", {}), "devices": devices})
+    gpus = int(os.environ.get("FEYNTUNE_POD_GPUS", "0"))
+    if 0 < gpus < devices:
+        raise UserError(
+            f"devices is {devices}, but a training pod of this pipeline has {gpus} GPU{'s' if gpus > 1 else ''}: lower "
+            "devices, or upload the pipelines with another `gpus` in their settings (chart: kubeflow.devices)."
+        )
     try:
         scored = EvaluateConfig.model_validate(recipe.get("evaluate", {})).categories
     except ValidationError as e:
@@ -69,22 +97,19 @@ def preflight(
         raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
     for name, day in (days or {}).items():
         parse_day(name, day or None)
-    read = CategoryFilter(categories)
+    ingested = CategoryFilter(categories)
     for category in scored:
-        if not read.accepts(category) and not any(c.startswith(f"{category}.") for c in read.names or ()):
+        if not ingested.takes(category) and not any(c.startswith(f"{category}.") for c in ingested.names or ()):
             raise UserError(
                 f"recipe.evaluate.categories: {category} is not among what is ingested "
-                f"(categories: {', '.join(sorted(read.names or ()))})."
+                f"(categories: {', '.join(sorted(ingested.names or ()))})."
             )
+    source_fingerprint(source)
     if serving:
         from feyntune.deployment.deploy import serving_of_run
 
         serving_of_run(serving, base, registry)
-    for address in dict.fromkeys((store, registry)):
-        writable(address)
-    pinned = Pinned(names, pin_base(base), source_fingerprint(source), code_digest())
-    log.info("base %s, store %s: ready", pinned.base, store)
-    return pinned
+    return names
 
 
 def refuse_null(value: Any, name: str) -> None:
@@ -100,7 +125,7 @@ def writable(address: str) -> None:
     store, name, data = open_store(address), f"preflight/{uuid.uuid4()}", b"feyntune"
     store.put(name, data)
     if store.get(name) != data:
-        raise UserError(f"{store.uri}/{name} was read back changed: the store is not to be trusted, check it.")
+        raise UserError(f"{store.uri}/{name} was read back changed: check the store's consistency.")
     store.delete(name)
 
 
@@ -120,23 +145,49 @@ def source_fingerprint(source: str) -> str:
     elif kind == "oai":
         version = datetime.now(UTC).date().isoformat()
     elif kind == "synthetic":
+        if not re.fullmatch(r"\d+(:\d+)?", rest):
+            raise UserError(f"Source {source}: write synthetic:N, or synthetic:N:SEED, with whole numbers.")
         version = ""
     else:
         raise UserError(f"Source {source!r}: write kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.")
     return hashlib.sha256(f"{source} {version} {code_digest()}".encode()).hexdigest()[:16]
 
 
-def todo(variant: str, split: str, base: str, recipe: dict[str, Any], code: str, store: str) -> str:
-    """The place of `variant`'s branch in the store, or "" when it is finished."""
-    branch = place(split, base, recipe, code, variant)
-    done = finished(open_store(store), branch)
-    print(f"{variant}: {'finished earlier' if done else 'to do'}, {branch}")
-    return "" if done else branch
+class Pending(NamedTuple):
+    """What a run still has to compute."""
+
+    base: list[str]  # ["base"], or [] when the base model is scored
+    variants: list[str]  # in the order of the loop's iterations
+
+    def table(self, variants: list[str]) -> str:
+        """Markdown for the Kubeflow UI, whose graph shows the iterations of a loop by number only."""
+        lines = ["| iteration | variant |", "|---:|---|"]
+        lines += [f"| {i} | {name} |" for i, name in enumerate(self.variants)]
+        lines += [f"| finished earlier | {name} |" for name in variants if name not in self.variants]
+        return "\n".join(lines) + "\n"
 
 
-def verdict(comparison: str) -> None:
-    """Raise, naming the branches that failed and why, if any did."""
+def check_cache(data: str, variants: list[str], base: str, recipe: dict[str, Any], store: str) -> Pending:
+    """The base and those of `variants` that have no scores in the store for this split, base model and recipe."""
+    setup()
+    split, artifacts = read_manifest(data).digest, open_store(store)
+    pending = []
+    for name in (BASE, *variants):
+        done = finished(artifacts, place(split, base, recipe, code_digest(), name))
+        log.info("%s: %s", name, "finished earlier" if done else "to do")
+        if not done:
+            pending.append(name)
+    return Pending([n for n in pending if n == BASE], [n for n in pending if n != BASE])
+
+
+def fail_if_any_failed(comparison: str) -> None:
+    """Raise, naming the variants that failed and why, if any did.
+
+    Raises:
+        VariantsFailed: at least one failed.
+    """
     failures = json.loads((Path(comparison) / "summary.json").read_text())["failures"]
     if failures:
         why = "; ".join(f"{f['variant']} ({f['step']}): {' '.join(f['error'].split())}" for f in failures)
-        raise BranchesFailed(f"{len(failures)} of the run's branches failed, the others stand in the report: {why}")
+        count = "1 variant" if len(failures) == 1 else f"{len(failures)} variants"
+        raise VariantsFailed(f"{count} failed, the others are in the report: {why}")

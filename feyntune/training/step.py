@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from feyntune.artifacts.artifact import is_artifact, read_manifest
-from feyntune.artifacts.cache import failure_as_data
+from feyntune.artifacts.cache import code_digest, failure_as_data, place
 from feyntune.artifacts.store import open_store
 from feyntune.errors import EXIT_INTERRUPTED, Interrupted
 from feyntune.telemetry import setup
@@ -19,7 +19,6 @@ def train_branch(
     recipe: dict[str, Any],
     devices: int,
     store: str,
-    branch: str,
     out: str,
 ) -> dict[str, float]:
     """Train `variant` into `out` (a sealed `adapter`, or a `failure`); returns metrics for the Kubeflow form.
@@ -30,7 +29,7 @@ def train_branch(
     setup()
     mixture, _, method = variant.rpartition("/")
     config = {**recipe.get("train", {}), "devices": devices}
-    place = f"{store.rstrip('/')}/{branch}"
+    branch = place(read_manifest(data).digest, base, recipe, code_digest(), variant)
     try:
         with failure_as_data(open_store(store), branch, "train", variant, out):
             launch(
@@ -40,7 +39,7 @@ def train_branch(
                 base=base,
                 out=out,
                 config=config,
-                checkpoints=place,
+                checkpoints=f"{store.rstrip('/')}/{branch}",
             )
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
