@@ -35,7 +35,7 @@ are left out, and the notes after the installation say so.
 
 | who | what they need |
 |---|---|
-| a cluster without GPUs | `kubeflow.flavour=cpu`, `serving.gpus=0`, `serving.precision=fp32` |
+| a cluster without GPUs | `kubeflow.flavor=cpu`, `serving.gpus=0`, `serving.precision=fp32` |
 | an S3 server of yours | `objectStore.kind=external`, `.endpoint`, Secret `feyntune-s3`, `.credentials.existing=true` |
 | a Kubeflow profile | `kubeflow.mode=profile`, `podSecurity.labelNamespace=false` |
 | OpenShift | nothing: `podSecurity.fixedIds=auto` leaves the user ids out; `podSecurity.labelNamespace=false` |

@@ -44,13 +44,14 @@ def check_cache(
     """List what no earlier run finished: ["base"] or [], and variants. `plan` says which iteration is which."""
     from pathlib import Path
 
-    from feyntune.kubeflow.preflight import check_cache
+    from feyntune.kubeflow.preflight import check_cache, plan_table
     from feyntune.telemetry import one_sentence
 
     with one_sentence():
-        pending = check_cache(data.path, variants, base, recipe, store)
-        Path(plan.path).write_text(pending.table(variants))
-        return (pending.base, pending.variants)  # type: ignore[return-value]
+        pending = check_cache(data.path, ["base", *variants], base, recipe, store)
+        to_train = [name for name in pending if name != "base"]
+        Path(plan.path).write_text(plan_table(variants, to_train))
+        return (pending[: len(pending) - len(to_train)], to_train)  # type: ignore[return-value]
 
 
 @dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)

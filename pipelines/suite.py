@@ -1,7 +1,8 @@
 """The pipelines: variants trained, scored, compared and registered.
 
-    preflight -> ingest -> split -> check-cache -> for the base, unless scored:   evaluate-base
-                                                -> for each unfinished variant:   train -> evaluate
+    preflight -> ingest -> split -> check-cache
+              -> train-and-score: for the base, unless it is scored:  evaluate-base
+                                  for each unfinished variant:        train -> evaluate
               -> compare -> register -> deploy, fail-if-any-failed
 
 `check-cache` lists what no earlier run finished, and `dsl.ParallelFor` loops over that list, so pods exist only for
@@ -84,26 +85,15 @@ def _steps(
 
     pending = check_cache(data=data, variants=pinned["variants"], base=pinned["base"], recipe=recipe, store=store)
     _cpu_step(pending).set_caching_options(False)
-
-    with dsl.ParallelFor(pending.outputs["base"], name="score the base") as name:
-        scored = evaluate_base(data=data, variant=name, base=pinned["base"], recipe=recipe, store=store)
-        _gpu_step(scored, 1).set_caching_options(False)
-        scored.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
-    with dsl.ParallelFor(pending.outputs["variants"], name="each variant") as name:
-        trained = train(data=data, variant=name, base=pinned["base"], recipe=recipe, devices=devices, store=store)
-        # An interrupted training resumes from its newest checkpoint in the store.
-        _gpu_step(trained, gpus).set_caching_options(False)
-        trained.set_retry(5, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
-        measured = evaluate(
-            data=data,
-            adapter=trained.outputs["adapter"],
-            variant=name,
-            base=pinned["base"],
-            recipe=recipe,
-            store=store,
-        )
-        _gpu_step(measured, 1).set_caching_options(False)
-        measured.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+    scored = TRAIN_AND_SCORE[gpus](
+        data=data,
+        unscored=pending.outputs["base"],
+        unfinished=pending.outputs["variants"],
+        base=pinned["base"],
+        recipe=recipe,
+        devices=devices,
+        store=store,
+    )
 
     compared = compare(
         corpus=corpus.outputs["corpus"],
@@ -112,7 +102,7 @@ def _steps(
         base=pinned["base"],
         recipe=recipe,
         store=store,
-    ).after(scored, measured)
+    ).after(scored)
     _cpu_step(compared, memory="8Gi").set_caching_options(False)
     registered = register(comparison=compared.outputs["comparison"], store=store, registry=registry)
     _cpu_step(registered).set_caching_options(False)
@@ -120,6 +110,40 @@ def _steps(
     _cpu_step(served).set_caching_options(False)
     ended = fail_if_any_failed(comparison=compared.outputs["comparison"]).after(registered)
     _cpu_step(ended).set_caching_options(False)
+
+
+def _train_and_score(gpus: int) -> Any:
+    """The nested pipeline with the two loops.
+
+    Nested, since the local runner of the SDK (2.17) puts the loop's item in the place of every output of another task
+    that a loop takes; here `base` is an input of the pipeline.
+    """
+
+    @dsl.pipeline(name="train-and-score")
+    def train_and_score(
+        data: dsl.Input[dsl.Dataset],
+        unscored: List[str],  # noqa: UP006
+        unfinished: List[str],  # noqa: UP006
+        base: str,
+        recipe: dict,
+        devices: int,
+        store: str,
+    ):
+        with dsl.ParallelFor(unscored, name="score the base") as name:
+            scored = evaluate_base(data=data, variant=name, base=base, recipe=recipe, store=store)
+            _gpu_step(scored, 1).set_caching_options(False)
+            scored.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+        with dsl.ParallelFor(unfinished, name="each variant") as name:
+            trained = train(data=data, variant=name, base=base, recipe=recipe, devices=devices, store=store)
+            # An interrupted training resumes from its newest checkpoint in the store.
+            _gpu_step(trained, gpus).set_caching_options(False)
+            trained.set_retry(5, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+            adapter = trained.outputs["adapter"]
+            measured = evaluate(data=data, adapter=adapter, variant=name, base=base, recipe=recipe, store=store)
+            _gpu_step(measured, 1).set_caching_options(False)
+            measured.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+
+    return train_and_score
 
 
 def _cpu_step(task: dsl.PipelineTask, memory: str = "4Gi", hub: bool = False) -> dsl.PipelineTask:
@@ -146,6 +170,10 @@ def _gpu_step(task: dsl.PipelineTask, gpus: int) -> dsl.PipelineTask:
     kubernetes.add_node_selector(task, "cloud.google.com/gke-accelerator", "nvidia-tesla-a100")
     kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
     return task
+
+
+# Made here: a pipeline cannot be defined while another one is being built.
+TRAIN_AND_SCORE = {gpus: _train_and_score(gpus) for gpus in (SUITE_GPUS, VARIANT_GPUS)}
 
 
 @dsl.pipeline(

@@ -17,8 +17,8 @@ def train(
     metrics: dsl.Output[dsl.Metrics],
 ):
     """Train one variant's adapter on all devices of this pod; a retry resumes from the newest checkpoint."""
-    from feyntune.training.step import train_branch
     from feyntune.telemetry import one_sentence
+    from feyntune.training.step import train_branch
 
     with one_sentence():
         for name, value in train_branch(data.path, variant, base, recipe, devices, store, adapter.path).items():

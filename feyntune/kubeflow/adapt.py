@@ -99,9 +99,10 @@ def adapt(text: str, settings: Settings) -> str:
             container["env"] = [*container["env"], {"name": "FEYNTUNE_POD_GPUS", "value": str(settings.gpus)}]
             container["env"] = [*{e["name"]: e for e in container["env"]}.values()]
     if settings.parallelism:
-        for task in spec["root"]["dag"]["tasks"].values():
-            if "parameterIterator" in task:
-                task["iteratorPolicy"] = {"parallelismLimit": settings.parallelism}
+        for component in spec["components"].values():
+            for task in component.get("dag", {}).get("tasks", {}).values():
+                if "parameterIterator" in task:
+                    task["iteratorPolicy"] = {"parallelismLimit": settings.parallelism}
     if settings.pipelineRoot:
         spec["defaultPipelineRoot"] = settings.pipelineRoot
     parameters = spec["root"]["inputDefinitions"]["parameters"]
@@ -109,7 +110,7 @@ def adapt(text: str, settings: Settings) -> str:
     for name, value in (devices | settings.defaults).items():
         if name not in parameters:
             continue
-        _check_default(name, value, parameters[name]["parameterType"])
+        check_type(name, value, parameters[name]["parameterType"])
         parameters[name]["defaultValue"] = float(value) if isinstance(value, int) else value
     return yaml.safe_dump_all([spec, platform], sort_keys=True, width=110)
 
@@ -180,6 +181,6 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def _check_default(name: str, value: Any, kind: str) -> None:
+def check_type(name: str, value: Any, kind: str) -> None:
     if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
-        raise UserError(f"Default of {name} is {value!r}, but the pipeline takes {kind} there: correct it.")
+        raise UserError(f"{name} is {value!r}, but the pipeline takes {kind}: correct it.")

@@ -17,7 +17,6 @@ from feyntune.artifacts.names import expand
 from feyntune.artifacts.store import open_store
 from feyntune.errors import UserError, VariantsFailed
 from feyntune.model.base import pin_base
-from feyntune.names import BASE
 from feyntune.telemetry import log, setup
 from feyntune.variants import select_variants
 
@@ -75,31 +74,21 @@ def check_input(
         UserError: an unknown variant or setting, a day that is none, test categories that are not ingested, a source
             that is not there, a serving description that no endpoint can have.
     """
-    from feyntune.evaluation.config import EvaluateConfig
     from feyntune.ingestion.fields import CategoryFilter, parse_day
-    from feyntune.training.config import parse_config
 
     names = select_variants(variants)
-    unknown = set(recipe) - {"train", "evaluate"}
-    if unknown:
-        raise UserError(f"recipe has {', '.join(sorted(unknown))}; it has two parts, train and evaluate.")
-    parse_config({**recipe.get("train", {}), "devices": devices})
     gpus = int(os.environ.get("FEYNTUNE_POD_GPUS", "0"))
     if 0 < gpus < devices:
         raise UserError(
             f"devices is {devices}, but a training pod of this pipeline has {gpus} GPU{'s' if gpus > 1 else ''}: lower "
             "devices, or upload the pipelines with another `gpus` in their settings (chart: kubeflow.devices)."
         )
-    try:
-        scored = EvaluateConfig.model_validate(recipe.get("evaluate", {})).categories
-    except ValidationError as e:
-        first = e.errors()[0]
-        raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
+    scored = check_recipe(recipe, devices)
     for name, day in (days or {}).items():
         parse_day(name, day or None)
     ingested = CategoryFilter(categories)
     for category in scored:
-        if not ingested.takes(category) and not any(c.startswith(f"{category}.") for c in ingested.names or ()):
+        if not ingested.accepts(category) and not any(c.startswith(f"{category}.") for c in ingested.names or ()):
             raise UserError(
                 f"recipe.evaluate.categories: {category} is not among what is ingested "
                 f"(categories: {', '.join(sorted(ingested.names or ()))})."
@@ -110,6 +99,26 @@ def check_input(
 
         serving_of_run(serving, base, registry)
     return names
+
+
+def check_recipe(recipe: dict[str, Any], devices: int) -> list[str]:
+    """The archives whose test abstracts `recipe` scores.
+
+    Raises:
+        UserError: an unknown setting, or a value that it cannot have.
+    """
+    from feyntune.evaluation.config import EvaluateConfig
+    from feyntune.training.config import parse_config
+
+    unknown = set(recipe) - {"train", "evaluate"}
+    if unknown:
+        raise UserError(f"recipe has {', '.join(sorted(unknown))}; it has two parts, train and evaluate.")
+    parse_config({**recipe.get("train", {}), "devices": devices})
+    try:
+        return EvaluateConfig.model_validate(recipe.get("evaluate", {})).categories
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
 
 
 def refuse_null(value: Any, name: str) -> None:
@@ -153,31 +162,25 @@ def source_fingerprint(source: str) -> str:
     return hashlib.sha256(f"{source} {version} {code_digest()}".encode()).hexdigest()[:16]
 
 
-class Pending(NamedTuple):
-    """What a run still has to compute."""
-
-    base: list[str]  # ["base"], or [] when the base model is scored
-    variants: list[str]  # in the order of the loop's iterations
-
-    def table(self, variants: list[str]) -> str:
-        """Markdown for the Kubeflow UI, whose graph shows the iterations of a loop by number only."""
-        lines = ["| iteration | variant |", "|---:|---|"]
-        lines += [f"| {i} | {name} |" for i, name in enumerate(self.variants)]
-        lines += [f"| finished earlier | {name} |" for name in variants if name not in self.variants]
-        return "\n".join(lines) + "\n"
-
-
-def check_cache(data: str, variants: list[str], base: str, recipe: dict[str, Any], store: str) -> Pending:
-    """The base and those of `variants` that have no scores in the store for this split, base model and recipe."""
+def check_cache(data: str, systems: list[str], base: str, recipe: dict[str, Any], store: str) -> list[str]:
+    """Those of `systems` (variants, or the base) without scores in the store for this split, base model and recipe."""
     setup()
     split, artifacts = read_manifest(data).digest, open_store(store)
     pending = []
-    for name in (BASE, *variants):
+    for name in systems:
         done = finished(artifacts, place(split, base, recipe, code_digest(), name))
         log.info("%s: %s", name, "finished earlier" if done else "to do")
         if not done:
             pending.append(name)
-    return Pending([n for n in pending if n == BASE], [n for n in pending if n != BASE])
+    return pending
+
+
+def plan_table(systems: list[str], pending: list[str]) -> str:
+    """Markdown for the Kubeflow UI, whose graph shows the iterations of a loop by number only."""
+    lines = ["| iteration | variant |", "|---:|---|"]
+    lines += [f"| {i} | {name} |" for i, name in enumerate(pending)]
+    lines += [f"| finished earlier | {name} |" for name in systems if name not in pending]
+    return "\n".join(lines) + "\n"
 
 
 def fail_if_any_failed(comparison: str) -> None:

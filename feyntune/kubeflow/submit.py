@@ -1,22 +1,36 @@
-"""Upload the compiled pipelines to a Kubeflow Pipelines host, and start runs there.
+"""Upload the compiled pipelines to a Kubeflow Pipelines host, start runs there, and follow them.
 
-Idempotent: a pipeline is uploaded once, each release once as a version of it.
+Idempotent: a pipeline is made once, each release once as a version of it.
 """
 
+import hashlib
 import json
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from feyntune.constants import VERSION
 from feyntune.errors import UserError
-from feyntune.kubeflow.adapt import COMPILED, adapt, read_settings
-from feyntune.kubeflow.preflight import refuse_null
+from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, check_type, read_settings
+from feyntune.kubeflow.preflight import check_recipe, refuse_null
+from feyntune.telemetry import log
+from feyntune.variants import select_variants
 
 PIPELINES = ("suite", "variant")
+EXPERIMENT = "feyntune"
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+
+
+class RunEnded(Exception):
+    """A run on Kubeflow ended without success; the message says where to look and how to start again."""
 
 
 def upload(
@@ -24,17 +38,18 @@ def upload(
     version: str,
     images: str | None = None,
     namespace: str | None = None,
-    flavour: str = "gpu",
+    flavor: str = "gpu",
     token_file: str | None = None,
     settings: str | None = None,
 ) -> dict[str, str]:
-    """Make the pipelines stand in the Kubeflow UI; returns the id of each one's version.
+    """Upload the compiled pipelines to Kubeflow Pipelines; returns the ID of each one's version.
 
     Args:
         images: prefix of the images in your registry, such as `registry.example/team`; `feyntune` by default.
         namespace: profile namespace of a multi-user Kubeflow.
+        flavor: `cpu` for a cluster without GPUs.
         token_file: file with a bearer token, as a mounted ServiceAccount token is.
-        settings: file with the cluster's own values (see adapt.py); `images` is then left to it.
+        settings: file with the cluster's own values (see adapt.py); `images` and `flavor` are then left to it.
 
     Raises:
         UserError: the host does not answer, or refuses.
@@ -43,8 +58,9 @@ def upload(
     prefix = read_settings(settings).name if settings else "feyntune"
     with _client(host, namespace, token_file) as client:
         for name in PIPELINES:
-            with _package(name, images, flavour, settings) as package:
-                ids[name] = _upload_once(client, f"{prefix}-{name}", version, package, namespace)
+            with _package(name, images, flavor, settings) as package:
+                pipeline = _pipeline_id(client, f"{prefix}-{name}", package, namespace)
+                ids[name] = _version_id(client, pipeline, version, package)
     return ids
 
 
@@ -54,35 +70,107 @@ def submit(
     arguments: dict[str, Any],
     images: str | None = None,
     namespace: str | None = None,
-    flavour: str = "gpu",
+    flavor: str = "gpu",
     token_file: str | None = None,
     settings: str | None = None,
 ) -> str:
-    """Start a run of `suite` or `variant` and return its id. Arguments and errors as for `upload`.
+    """Start a run of `suite` or `variant` and return its ID. Arguments and errors as for `upload`.
+
+    The run belongs to the newest uploaded version of the pipeline; with `images`, `settings` or `flavor`, to a version
+    with those values, which is uploaded unless it is there.
 
     Raises:
-        UserError: also where the pipeline has no such parameter, or its value is null.
+        UserError: also where the pipeline has no such parameter, or one has a value that a run would refuse.
     """
-    with _package(pipeline, images, flavour, settings) as package:
-        parameters = next(yaml.safe_load_all(package.read_text()))["root"]["inputDefinitions"]["parameters"]
-        for name, value in arguments.items():
-            if name not in parameters:
-                raise UserError(f"{pipeline} has no parameter {name!r}: it has {', '.join(sorted(parameters))}.")
-            refuse_null(value, name)
+    prefix = read_settings(settings).name if settings else "feyntune"
+    own = bool(images or settings or flavor != "gpu")
+    with _package(pipeline, images, flavor, settings) as package:
+        text = package.read_text()
+        check_arguments(pipeline, next(yaml.load_all(text, Loader=yaml.CSafeLoader)), arguments)
         with _client(host, namespace, token_file) as client:
-            run = client.create_run_from_pipeline_package(str(package), arguments=arguments, namespace=namespace)
-            return str(run.run_id)
+            pipeline_id = _pipeline_id(client, f"{prefix}-{pipeline}", package, namespace)
+            version_id = None if own else _newest_version(client, pipeline_id)
+            if version_id is None:
+                version = f"{VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if own else VERSION
+                version_id = _version_id(client, pipeline_id, version, package)
+            experiment = client.create_experiment(EXPERIMENT, "Runs of feyntune.", namespace=namespace)
+            run = client.run_pipeline(
+                experiment.experiment_id,
+                _run_name(pipeline, arguments),
+                params=arguments,
+                pipeline_id=pipeline_id,
+                version_id=version_id,
+            )
+    if not run.run_id:
+        raise UserError(f"{host} accepted the run but gave it no ID: is it the Kubeflow Pipelines API (--host)?")
+    log.info("run %s: %s", run.run_id, run_page(host, str(run.run_id)))
+    return str(run.run_id)
 
 
-def with_images(text: str, images: str | None) -> str:
-    """The compiled YAML with its images taken from the prefix `images` instead of `feyntune`."""
-    if not images:
-        return text
-    documents = list(yaml.safe_load_all(text))
-    for executor in documents[0]["deploymentSpec"]["executors"].values():
-        container = executor["container"]
-        container["image"] = f"{images.rstrip('/')}/{container['image'].rpartition('/')[2]}"
-    return str(yaml.safe_dump_all(documents, sort_keys=True))
+def wait(
+    host: str, run_id: str, namespace: str | None = None, token_file: str | None = None, every: float = 10
+) -> None:
+    """Follow a run until it ends, with a log line for each step that starts or ends.
+
+    Raises:
+        RunEnded: it failed or was stopped.
+        UserError: the host does not answer, or has no such run.
+    """
+    states: dict[str, str] = {}
+    with _client(host, namespace, token_file) as client:
+        while True:
+            run = client.get_run(run_id)
+            for task in (run.run_details.task_details if run.run_details else None) or []:
+                is_step = task.display_name and not task.display_name.endswith(("-driver", "driver", "executor"))
+                if is_step and task.state and states.get(task.task_id) != task.state:
+                    states[task.task_id] = task.state
+                    log.info("%s: %s", task.display_name, task.state.lower())
+            if run.state in ENDED:
+                break
+            time.sleep(every)
+    if run.state != "SUCCEEDED":
+        message = f" ({run.error.message})" if run.error and run.error.message else ""
+        raise RunEnded(
+            f"Run {run_id} ended {run.state}{message}: see {run_page(host, run_id)}. The same submit again reuses "
+            "every variant that finished."
+        )
+    log.info("run %s succeeded", run_id)
+
+
+def run_page(host: str, run_id: str) -> str:
+    """Address of the run in the web UI, where `host` is the UI's; else what to open in it."""
+    import requests
+
+    page = f"#/runs/details/{run_id}"
+    with suppress(requests.RequestException):
+        front = requests.get(host, timeout=10, headers={"Accept": "text/html"})
+        if front.ok and "html" in front.headers.get("content-type", ""):
+            return f"{host.rstrip('/')}/{page}"
+    return f"{page} of the Kubeflow Pipelines UI ({host} is its API)"
+
+
+def check_arguments(pipeline: str, spec: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Refuse what the server or the run's first step would refuse.
+
+    Raises:
+        UserError: an unknown parameter, a value of the wrong type, an unknown variant or setting.
+    """
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    for name, value in arguments.items():
+        if name not in parameters:
+            raise UserError(f"{pipeline} has no parameter {name!r}: it has {', '.join(sorted(parameters))}.")
+        refuse_null(value, name)
+        check_type(name, value, parameters[name]["parameterType"])
+    given = {name: arguments.get(name, p.get("defaultValue")) for name, p in parameters.items()}
+    select_variants(given["variants"] if "variants" in given else [given["variant"]])
+    check_recipe(given["recipe"], int(given["devices"]))
+
+
+def _run_name(pipeline: str, arguments: dict[str, Any]) -> str:
+    names = [arguments["variant"]] if "variant" in arguments else arguments.get("variants", [])
+    what = names[0] if names else pipeline
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{what}{more}, {datetime.now():%Y-%m-%d %H:%M}"
 
 
 @contextmanager
@@ -101,36 +189,100 @@ def _client(host: str, namespace: str | None, token_file: str | None) -> Iterato
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=30,
         )
-        if not health.ok:
-            raise ApiException(status=health.status_code, reason=health.reason)
-        yield Client(host=host, namespace=namespace or "kubeflow", existing_token=token)
+        _refuse_login_page(host, health)
+        # The client warns about versions of Kubeflow, and prints addresses of the API as if they were the UI's.
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield Client(host=host, namespace=namespace or "kubeflow", existing_token=token)
     except ApiException as e:
-        hint = "give a token it accepts (--token-file)" if e.status in (401, 403) else "see its logs"
-        raise UserError(f"Kubeflow Pipelines at {host} answered {e.status} {e.reason}: {hint}.") from e
+        raise UserError(_sentence(host, e.status, e.reason, e.body)) from e
     except (urllib3.exceptions.HTTPError, OSError) as e:
         raise UserError(f"Kubeflow Pipelines at {host} does not answer ({type(e).__name__}): check --host.") from e
 
 
+def _refuse_login_page(host: str, health: Any) -> None:
+    """The API answers in JSON; a proxy that wants a login sends its page, often with status 200."""
+    if not health.ok:
+        raise UserError(_sentence(host, health.status_code, health.reason, health.text))
+    try:
+        answer = health.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        where = f" (sent to {health.url.partition('?')[0]})" if health.history else ""
+        raise UserError(
+            f"{host} answered with a web page, not with Kubeflow's API{where}: if it asks for a login, give "
+            "--token-file a token that it accepts, or forward the port of service/ml-pipeline and use that as --host."
+        )
+
+
+def _sentence(host: str, status: int, reason: str, body: str | bytes | None) -> str:
+    """What the server refused and why, from the bodies that its API and its upload page send."""
+    why = reason
+    with suppress(ValueError, TypeError, AttributeError):
+        answer = json.loads(body or "")
+        details = [d["message"] for d in answer.get("details", []) if isinstance(d, dict) and d.get("message")]
+        why = (details or [answer.get("message") or answer.get("error_message") or answer.get("error") or reason])[0]
+    why = " ".join(str(why).split())[:300].rstrip(".")
+    if status in (401, 403):
+        hint = "give a token it accepts (--token-file)"
+    elif status == 400:
+        hint = "correct the value, or see the log of the ml-pipeline pod"
+    else:
+        hint = "see the log of the ml-pipeline pod"
+    return f"Kubeflow Pipelines at {host} answered {status}, {why}: {hint}."
+
+
 @contextmanager
-def _package(pipeline: str, images: str | None, flavour: str, settings: str | None) -> Iterator[Path]:
-    compiled = COMPILED / f"{pipeline}{'' if flavour == 'gpu' else '-cpu'}.yaml"
+def _package(pipeline: str, images: str | None, flavor: str, settings: str | None) -> Iterator[Path]:
+    given = read_settings(settings) if settings else Settings(images=images or "", gpus=0 if flavor == "cpu" else None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"feyntune-{pipeline}.yaml"
-        text = compiled.read_text()
-        path.write_text(adapt(text, read_settings(settings)) if settings else with_images(text, images))
+        path.write_text(adapt((COMPILED / f"{pipeline}.yaml").read_text(), given))
         yield path
 
 
-def _upload_once(client: Any, name: str, version: str, package: Path, namespace: str | None) -> str:
+def _named(name: str) -> str:
+    return json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": name}]})
+
+
+def _pipeline_id(client: Any, name: str, package: Path, namespace: str | None) -> str:
+    """The pipeline, made without a version when it is missing: an upload would add one named after the pipeline."""
+    from kfp_server_api import ApiException, PipelineServiceApi, V2beta1Pipeline
+
     # get_pipeline_id of the client looks among shared pipelines only.
-    wanted = json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": name}]})
-    found = client.list_pipelines(filter=wanted, namespace=namespace).pipelines
-    if found:
-        pipeline = found[0].pipeline_id
-    else:
-        pipeline = client.upload_pipeline(str(package), pipeline_name=name, namespace=namespace).pipeline_id
-        # Kubeflow names the first version after the pipeline; ours are named after the release.
-    for known in client.list_pipeline_versions(pipeline, page_size=100).pipeline_versions or []:
-        if known.display_name == version:
-            return str(known.pipeline_version_id)
-    return str(client.upload_pipeline_version(str(package), version, pipeline_id=pipeline).pipeline_version_id)
+    listed = client.list_pipelines(filter=_named(name), namespace=namespace).pipelines
+    if not listed:
+        info = next(yaml.load_all(package.read_text(), Loader=yaml.CSafeLoader))["pipelineInfo"]
+        new = V2beta1Pipeline(display_name=name, name=name, description=info["description"], namespace=namespace)
+        try:
+            created = PipelineServiceApi(client._pipelines_api.api_client).pipeline_service_create_pipeline(new)
+            return str(created.pipeline_id)
+        except ApiException as e:
+            if e.status != 409:
+                raise
+        listed = client.list_pipelines(filter=_named(name), namespace=namespace).pipelines
+    return str(listed[0].pipeline_id)
+
+
+def _version_id(client: Any, pipeline_id: str, version: str, package: Path) -> str:
+    from kfp_server_api import ApiException
+
+    listed = client.list_pipeline_versions(pipeline_id, filter=_named(version)).pipeline_versions
+    if not listed:
+        description = f"feyntune {VERSION}"
+        try:
+            made = client.upload_pipeline_version(
+                str(package), version, pipeline_id=pipeline_id, description=description
+            )
+            return str(made.pipeline_version_id)
+        except ApiException as e:
+            if e.status != 409:  # uploaded by another client meanwhile
+                raise
+        listed = client.list_pipeline_versions(pipeline_id, filter=_named(version)).pipeline_versions
+    return str(listed[0].pipeline_version_id)
+
+
+def _newest_version(client: Any, pipeline_id: str) -> str | None:
+    listed = client.list_pipeline_versions(pipeline_id, page_size=1, sort_by="created_at desc").pipeline_versions
+    return str(listed[0].pipeline_version_id) if listed else None

@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "on MinIO": {"objectStore": {"kind": "minio", "minio": {"image": "example.org/minio:1"}, "credentials": GIVEN}},
     "without GPUs or KServe": {
-        "kubeflow": {"flavour": "cpu"},
+        "kubeflow": {"flavor": "cpu"},
         "serving": {"kind": "Deployment", "gpus": 0, "precision": "fp32", "replicas": 2, "base": "s3://feyntune/base"},
     },
     "on GPUs without KServe": {"serving": {"kind": "Deployment"}},

@@ -1,7 +1,7 @@
 """A compiled pipeline on a cluster without Kubeflow: walks the YAML, starts each step as the pod the YAML asks for.
 
-What Kubeflow's controllers add is left out (cache, metadata, parallel branches); what the YAML says is kept: image,
-command, environment, Secrets, resources, node selector, tolerations, volumes, user, retries and conditions.
+What Kubeflow's controllers add is left out (cache, metadata, parallel tasks); what the YAML says is kept: image,
+command, environment, Secrets, resources, node selector, tolerations, volumes, user, retries, conditions and loops.
 """
 
 import json
@@ -70,7 +70,13 @@ class Driver:
                 continue
             component = self.spec["components"][task["componentRef"]["name"]]
             where = f"{path}/{name}".strip("/")
-            if "dag" in component:
+            if "parameterIterator" in task:
+                loop = task["parameterIterator"]
+                for i, item in enumerate(resolved["parameters"][loop["items"]["inputParameter"]]):
+                    one = {**resolved, "parameters": {**resolved["parameters"], loop["itemInput"]: item}}
+                    self._dag(component["dag"], one, f"{where}/{i}")
+                done[name] = {}
+            elif "dag" in component:
                 done[name] = self._dag(component["dag"], resolved, where)
             else:
                 done[name] = self._step(where, task, component, resolved)
@@ -117,8 +123,8 @@ class Driver:
         }
         executor = component["executorLabel"]
         container = self.spec["deploymentSpec"]["executors"][executor]["container"]
-        said = json.dumps(executor_input)
-        command = [part.replace("{{$}}", said) for part in [*container["command"], *container["args"]]]
+        given = json.dumps(executor_input)
+        command = [part.replace("{{$}}", given) for part in [*container["command"], *container["args"]]]
         job = {"executor_input": executor_input, "command": command, "result": f"{bucket}/{place}/result.json"}
         extra = self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].get(executor, {})
         if "accelerator" not in container.get("resources", {}):
@@ -141,15 +147,15 @@ class Driver:
         self.core.create_namespaced_config_map(self.namespace, client.V1ConfigMap(metadata=meta, data=data))
         pod = self.core.create_namespaced_pod(self.namespace, pod_of(name, container, extra))
         self.pods.setdefault(where, []).append(pod)
-        told = False
+        reported = False
         deadline = time.monotonic() + 900
         while time.monotonic() < deadline:
             try:
                 pod = self.core.read_namespaced_pod(name, self.namespace)
             except ApiException as e:
                 raise StepFailed(f"{where}: its pod was deleted ({e.reason})") from e
-            if pod.status.phase == "Running" and not told and self.started:
-                told = True
+            if pod.status.phase == "Running" and not reported and self.started:
+                reported = True
                 self.started(where, name)
             if pod.status.phase in ("Succeeded", "Failed"):
                 self.logs[where] = self._log(pod)

@@ -425,11 +425,11 @@ def test_no_pod_of_a_profile_gets_a_sidecar_that_the_policies_would_cut_off(rend
             assert made.get("annotations", {}).get("sidecar.istio.io/inject") == "false", o["metadata"]["name"]
 
 
-@pytest.mark.parametrize("flavour", ["gpu", "cpu"])
-def test_steps_that_ask_for_gpus_are_told_to_expect_them(flavour):
-    objects = render({"kubeflow": {"flavour": flavour}})
+@pytest.mark.parametrize("flavor", ["gpu", "cpu"])
+def test_steps_that_ask_for_gpus_are_told_to_expect_them(flavor):
+    objects = render({"kubeflow": {"flavor": flavor}})
     settings = yaml.safe_load(named(objects, "ConfigMap", "feyntune-pipelines")["data"]["settings.yaml"])
-    assert ("FEYNTUNE_EXPECT_GPU" in settings["env"]) == (flavour == "gpu")
+    assert ("FEYNTUNE_EXPECT_GPU" in settings["env"]) == (flavor == "gpu")
 
 
 def test_a_bucket_is_made_anew_on_another_store():
@@ -569,7 +569,7 @@ def test_without_the_prometheus_operator_monitoring_is_left_out():
         ({"objectStore": {"credentials": {"secretKey": "short"}}}, "secretKey"),
         ({"objectStore": {"persistence": {"size": "big"}}}, "size"),
         ({"kubeflow": {"mode": "multi"}}, "mode"),
-        ({"kubeflow": {"devices": 0}}, "devices"),
+        ({"kubeflow": {"devices": -1}}, "devices"),
         ({"images": {"pullPolicy": "Sometimes"}}, "pullPolicy"),
         ({"images": {"prefix": "Registry Example"}}, "prefix"),
         ({"accelerator": {"tolerations": [{"operator": "Maybe"}]}}, "operator"),

@@ -79,7 +79,7 @@ def values(bucket: str, kubeflow: Kubeflow | None, tmp_path_factory: pytest.Temp
     """A small installation beside the S3 server of the environment, its keys in a Secret of the test's own."""
     kube: dict[str, Any] = {"enabled": False}
     if kubeflow is not None:
-        kube = {"enabled": True, "mode": "profile", "host": kubeflow.url, "flavour": "gpu", "devices": 1}
+        kube = {"enabled": True, "mode": "profile", "host": kubeflow.url, "flavor": "gpu", "devices": 1}
     made = {
         "images": {"prefix": "docker.io/feyntune"},
         "assumeAPIs": ["kubeflow.org/v1beta1"],

@@ -58,16 +58,28 @@ def test_defaults_variables_and_logins_are_those_of_the_settings():
         assert steps[name]["imagePullSecret"] == [{"secretName": "login"}]
 
 
-def test_a_training_asks_for_as_many_gpus_as_devices_and_no_other_step_does():
-    before, _ = executors(SUITE)
-    made, _ = executors(adapt(SUITE, Settings(defaults={"devices": 2})))
+def test_a_training_asks_for_the_gpus_of_the_settings_and_no_other_step_does():
+    text = adapt(SUITE, Settings(gpus=2))
+    made, _ = executors(text)
     asked = {n: e["container"]["resources"].get("accelerator", {}).get("resourceCount") for n, e in made.items()}
-    assert {n for n, count in asked.items() if count == "2"} == {n for n in made if n.startswith("exec-train")}
-    assert {before[n]["container"]["resources"]["accelerator"]["count"] for n, c in asked.items() if c == "1"} == {"1"}
+    assert {n for n, count in asked.items() if count == "2"} == {"exec-train"}
+    assert {n for n, count in asked.items() if count == "1"} == {"exec-evaluate", "exec-evaluate-base"}
+    assert made["exec-train"]["container"]["resources"]["resourceCpuRequest"] == "12"
+    spec = next(iter(yaml.safe_load_all(text)))
+    assert spec["root"]["inputDefinitions"]["parameters"]["devices"]["defaultValue"] == 2
+    env = {e["name"]: e["value"] for e in made["exec-preflight"]["container"]["env"]}
+    assert env["FEYNTUNE_POD_GPUS"] == "2"
+
+
+def test_a_limit_on_how_many_variants_run_at_once_is_one_of_both_loops():
+    spec = next(iter(yaml.safe_load_all(adapt(SUITE, Settings(parallelism=3)))))
+    dags = [component["dag"]["tasks"].values() for component in spec["components"].values() if "dag" in component]
+    loops = [task for tasks in dags for task in tasks if "parameterIterator" in task]
+    assert [loop["iteratorPolicy"] for loop in loops] == [{"parallelismLimit": 3}] * 2
 
 
 def test_a_default_of_the_wrong_kind_is_refused():
-    with pytest.raises(UserError, match="Default of store is 3"):
+    with pytest.raises(UserError, match="store is 3, but the pipeline takes STRING"):
         adapt(SUITE, Settings(defaults={"store": 3}))
 
 

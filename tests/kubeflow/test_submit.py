@@ -1,12 +1,17 @@
-"""Uploading and starting, against a server that speaks the Kubeflow Pipelines API."""
+"""Uploading, starting and following, against a server that speaks the Kubeflow Pipelines API."""
 
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
 
 from feyntune.errors import UserError
-from feyntune.kubeflow.submit import submit, upload
+from feyntune.kubeflow.submit import RunEnded, run_page, submit, upload, wait
+from feyntune.telemetry import log
 from tests.servers.kubeflow import kubeflow
+
+ONE = {"variant": "hep-th/lora-all"}
 
 
 @pytest.fixture(autouse=True)
@@ -14,15 +19,45 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # the client keeps a context file in it
 
 
-def test_upload_twice_leaves_each_pipeline_once_with_one_version_a_release() -> None:
+@pytest.fixture
+def lines():
+    """The project's log lines."""
+    collected: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: collected.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield collected
+    log.removeHandler(handler)
+
+
+def test_each_pipeline_is_made_once_with_a_description_and_one_version_a_release() -> None:
     with kubeflow() as server:
         first = upload(server.url, "0.1.0")
         assert upload(server.url, "0.1.0") == first
         assert upload(server.url, "0.2.0") != first
-        names = sorted(p["display_name"] for p in server.pipelines.values())
-        assert names == ["feyntune-suite", "feyntune-variant"]
+        assert sorted(p["display_name"] for p in server.pipelines.values()) == ["feyntune-suite", "feyntune-variant"]
+        assert all(p["description"] for p in server.pipelines.values())
         for versions in server.versions.values():
-            assert [v["display_name"] for v in versions][1:] == ["0.1.0", "0.2.0"]
+            assert [v["display_name"] for v in versions] == ["0.1.0", "0.2.0"]
+
+
+def test_a_version_that_another_client_uploads_meanwhile_is_taken(monkeypatch) -> None:
+    with kubeflow() as server:
+        ids = upload(server.url, "0.1.0")
+        list_versions = server._list_versions
+        asked = []
+
+        def late(request, pipeline):
+            asked.append(pipeline)
+            if len(asked) % 2:  # the first look-up of each pipeline comes too early
+                from tests.servers.kubeflow import _listed
+
+                return _listed("pipeline_versions", [])
+            return list_versions(request, pipeline)
+
+        monkeypatch.setattr(server, "_list_versions", late)
+        assert upload(server.url, "0.1.0") == ids
 
 
 def test_images_are_taken_from_the_registry_named() -> None:
@@ -34,25 +69,81 @@ def test_images_are_taken_from_the_registry_named() -> None:
             assert images == {"registry.example/team/worker", "registry.example/team/trainer"}
 
 
-def test_submit_starts_a_run_with_its_arguments() -> None:
+def test_a_run_belongs_to_the_uploaded_version_and_says_what_it_is() -> None:
     with kubeflow() as server:
-        run_id = submit(server.url, "variant", {"variant": "hep-th/lora-all"}, namespace="physics")
+        ids = upload(server.url, "0.1.0-of-the-chart", namespace="physics")
+        run_id = submit(server.url, "variant", ONE, namespace="physics")
         (run,) = server.started
         assert run["run_id"] == run_id
-        assert run["runtime_config"]["parameters"]["variant"] == "hep-th/lora-all"
-        assert server.created_experiments[0]["namespace"] == "physics"
+        assert run["pipeline_version_reference"]["pipeline_version_id"] == ids["variant"]
+        assert run["runtime_config"]["parameters"] == ONE
+        assert run["display_name"].startswith("hep-th/lora-all, 2")
+        (experiment,) = server.created_experiments
+        assert (experiment["namespace"], experiment["display_name"]) == ("physics", "feyntune")
+        assert run["experiment_id"] == experiment["experiment_id"]
+
+
+def test_a_run_on_an_empty_host_uploads_the_pipeline_first() -> None:
+    with kubeflow() as server:
+        submit(server.url, "suite", {"variants": ["hep-th/lora-all", "hep-th/lora-qkv"]})
+        assert [p["display_name"] for p in server.pipelines.values()] == ["feyntune-suite"]
+        assert server.started[0]["display_name"].startswith("hep-th/lora-all and 1 more, ")
+
+
+def test_the_client_library_prints_and_warns_nothing(capfd) -> None:
+    with kubeflow() as server, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        submit(server.url, "variant", ONE)
+    assert [str(w.message) for w in caught] == []
+    out, _ = capfd.readouterr()
+    assert out == ""
+
+
+def test_the_page_of_a_run_is_an_address_only_where_the_host_is_the_ui() -> None:
+    with kubeflow() as server:
+        assert run_page(server.url, "r1") == f"#/runs/details/r1 of the Kubeflow Pipelines UI ({server.url} is its API)"
+        server.login = True  # any host that answers with a page
+        assert run_page(server.url, "r1") == f"{server.url}/#/runs/details/r1"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("pipeline", "arguments", "message"),
     [
-        ({"variant": "hep-th/lora-all", "recipe": {"epochs": None}}, "recipe.epochs is null"),
-        ({"varient": "hep-th/lora-all"}, "variant has no parameter 'varient': it has .*variant"),
+        ("variant", {**ONE, "recipe": {"epochs": None}}, "recipe.epochs is null"),
+        ("variant", {"varient": "hep-th/lora-all"}, "variant has no parameter 'varient': it has .*variant"),
+        ("variant", {"variant": "hep-th/lora-al"}, "did you mean hep-th/lora-all"),
+        ("suite", {"variants": ["nope/x"]}, "There is no variant 'nope/x'"),
+        ("suite", {"devices": "three"}, "devices is 'three', but the pipeline takes NUMBER_INTEGER"),
+        ("suite", {"recipe": {"train": {"epochz": 1}}}, "epochz"),
+        ("suite", {"recipe": {"evaluate": {"papers": "x"}}}, "recipe.evaluate"),
     ],
 )
-def test_arguments_that_the_pipeline_cannot_take_are_refused_before_the_host_is_asked(arguments, said) -> None:
-    with pytest.raises(UserError, match=said):
-        submit("http://127.0.0.1:9", "variant", arguments)
+def test_arguments_that_a_run_cannot_take_are_refused_before_the_host_is_asked(pipeline, arguments, message) -> None:
+    with pytest.raises(UserError, match=message):
+        submit("http://127.0.0.1:9", pipeline, arguments)
+
+
+def test_a_run_is_followed_until_it_ends(lines) -> None:
+    step = {"task_id": "1", "display_name": "preflight", "state": "RUNNING"}
+    driver = {"task_id": "2", "display_name": "preflight-driver", "state": "SUCCEEDED"}
+    with kubeflow() as server:
+        run_id = submit(server.url, "variant", ONE)
+        server.ends = [
+            {"state": "RUNNING", "run_details": {"task_details": [step, driver]}},
+            {"state": "SUCCEEDED", "run_details": {"task_details": [{**step, "state": "SUCCEEDED"}, driver]}},
+        ]
+        wait(server.url, run_id, every=0)
+    assert lines[-3:] == ["preflight: running", "preflight: succeeded", f"run {run_id} succeeded"]
+
+
+def test_a_run_that_failed_says_what_another_start_costs() -> None:
+    with kubeflow() as server:
+        run_id = submit(server.url, "variant", ONE)
+        server.ends = [{"state": "FAILED"}]
+        with pytest.raises(RunEnded, match=f"Run {run_id} ended FAILED.*reuses every variant that finished"):
+            wait(server.url, run_id, every=0)
+        with pytest.raises(UserError, match="404, Run 0 not found"):
+            wait(server.url, "0", every=0)
 
 
 def test_a_multi_user_host_gets_the_token_of_the_file(tmp_path: Path) -> None:
@@ -66,10 +157,18 @@ def test_a_multi_user_host_gets_the_token_of_the_file(tmp_path: Path) -> None:
         assert "secret-of-a-test" not in str(refused.value)
 
 
+def test_a_login_page_is_recognized() -> None:
+    with kubeflow() as server:
+        server.login = True
+        with pytest.raises(UserError, match=r"answered with a web page.*--token-file"):
+            submit(server.url, "variant", ONE)
+        assert server.started == []
+
+
 def test_a_host_that_refuses_or_is_away_gives_one_sentence() -> None:
     with kubeflow() as server:
         server.refuse = [(500, "database is away")]
-        with pytest.raises(UserError, match="500") as refused:
+        with pytest.raises(UserError, match="500, database is away") as refused:
             upload(server.url, "0.1.0")
         assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="does not answer"):
