@@ -81,7 +81,11 @@ def adapt(text: str, settings: Settings) -> str:
     for name, executor in spec["deploymentSpec"]["executors"].items():
         container, step = executor["container"], steps.setdefault(name, {})
         container["image"] = _image(container["image"], settings)
-        _fit_cluster(step, settings, "accelerator" in container.get("resources", {}))
+        gpus = "accelerator" in container.get("resources", {})
+        if gpus and settings.gpus == 0:
+            _without_gpus(container["resources"], step)
+            gpus = False
+        _fit_cluster(step, settings, gpus)
         if settings.env:
             container["env"] = [
                 *[e for e in container.get("env", []) if e["name"] not in settings.env],
@@ -89,11 +93,9 @@ def adapt(text: str, settings: Settings) -> str:
             ]
         if settings.pullSecrets:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]
-        if "accelerator" in container.get("resources", {}):
+        if gpus:
             _pool(step, settings)
-            if settings.gpus == 0:
-                _without_gpus(container["resources"], step)
-            elif settings.gpus and name == "exec-train":
+            if settings.gpus and name == "exec-train":
                 _scale(container["resources"], settings.gpus)
         if name == "exec-preflight" and settings.gpus is not None:
             container["env"] = [*container["env"], {"name": "FEYNTUNE_POD_GPUS", "value": str(settings.gpus)}]

@@ -166,7 +166,9 @@ def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | No
             enable_caching=True,
             cache_root=str(steps / ".cache"),
         )
-        pipeline = components.load_component_from_text(_without_retries((COMPILED / "suite.yaml").read_text(encoding="utf-8")))
+        pipeline = components.load_component_from_text(
+            _without_retries((COMPILED / "suite.yaml").read_text(encoding="utf-8"))
+        )
         with log_file.open("w", buffering=1, encoding="utf-8") as out:
             root, handler = logging.getLogger(), logging.StreamHandler(out)
             before = root.handlers

@@ -161,7 +161,8 @@ def _wrong(name: str, value: Any, parameters: dict[str, Any]) -> str | None:
     if name not in parameters:
         return f"parameter(s) provided are not required by pipeline: {name}"
     if parameters[name]["parameterType"].startswith("NUMBER") and not isinstance(value, int | float):
-        return f"input parameter {name} requires type double or integer, but the parameter value is not of number value type"
+        needs = "requires type double or integer, but the parameter value is not of number value type"
+        return f"input parameter {name} {needs}"
     literals = parameters[name].get("literals")
     if literals and value not in literals:
         allowed = " ".join(f'string_value:"{v}"' for v in literals)
