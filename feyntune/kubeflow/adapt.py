@@ -78,6 +78,7 @@ def adapt(text: str, settings: Settings) -> str:
     """
     spec, platform = yaml.safe_load_all(text)
     steps = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    pod_gpus = settings.gpus if settings.gpus is not None else settings.defaults.get("devices")
     for name, executor in spec["deploymentSpec"]["executors"].items():
         container, step = executor["container"], steps.setdefault(name, {})
         container["image"] = _image(container["image"], settings)
@@ -95,10 +96,10 @@ def adapt(text: str, settings: Settings) -> str:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]
         if gpus:
             _pool(step, settings)
-            if settings.gpus and name == "exec-train":
-                _scale(container["resources"], settings.gpus)
-        if name == "exec-preflight" and settings.gpus is not None:
-            container["env"] = [*container["env"], {"name": "FEYNTUNE_POD_GPUS", "value": str(settings.gpus)}]
+            if pod_gpus and name == "exec-train":
+                _scale(container["resources"], int(pod_gpus))
+        if name == "exec-preflight" and pod_gpus is not None:
+            container["env"] = [*container["env"], {"name": "FEYNTUNE_POD_GPUS", "value": str(pod_gpus)}]
             container["env"] = [*{e["name"]: e for e in container["env"]}.values()]
     if settings.parallelism:
         for component in spec["components"].values():
