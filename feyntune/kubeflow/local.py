@@ -31,7 +31,7 @@ from feyntune.errors import Interrupted, UserError
 from feyntune.kubeflow.adapt import COMPILED
 from feyntune.kubeflow.preflight import check_input, refuse_null
 from feyntune.model.base import pin_base
-from feyntune.recipe import read_recipe
+from feyntune.recipe import merge, read_recipe
 from feyntune.telemetry import ERROR, RELAYED, log
 
 TINY_RECIPE = read_recipe(default="tiny")
@@ -119,15 +119,6 @@ def run(
     if failure:
         raise RunFailed(f"{failure} The whole log is {folder / 'run.log'}.", reported)
     return folder
-
-
-def merge(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`default` with the values of `given`, part by part."""
-    merged = dict(default)
-    for key, value in given.items():
-        inner = merged.get(key)
-        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
 
 
 @contextlib.contextmanager
