@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from feyntune.artifacts.cache import code_digest, finished, place
+from feyntune.artifacts.cache import DATA_VERSION, EVALUATION_VERSION, TRAINING_VERSION, is_finished
 from feyntune.artifacts.names import expand
 from feyntune.artifacts.store import open_store
 from feyntune.errors import UserError
+from feyntune.keys import variant_keys
 from feyntune.model.base import pin_base
 from feyntune.telemetry import log, setup
 from feyntune.variants import select_variants
@@ -26,7 +27,7 @@ class Pinned(NamedTuple):
     variants: list[str]  # full names, in the order of variants.yaml
     base: str  # LOCATION@DIGEST
     fingerprint: str  # changes when the source or the code that reads it does
-    code: str
+    code: str  # versions of the training and evaluation steps, for the run's page
 
 
 def preflight(
@@ -82,7 +83,7 @@ def preflight(
         serving_of_run(serving, base, registry)
     for address in dict.fromkeys((store, registry)):
         writable(address)
-    pinned = Pinned(names, pin_base(base), source_fingerprint(source), code_digest())
+    pinned = Pinned(names, pin_base(base), source_fingerprint(source), f"{TRAINING_VERSION} {EVALUATION_VERSION}")
     log.info("base %s, store %s: ready", pinned.base, store)
     return pinned
 
@@ -123,15 +124,15 @@ def source_fingerprint(source: str) -> str:
         version = ""
     else:
         raise UserError(f"Source {source!r}: write kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.")
-    return hashlib.sha256(f"{source} {version} {code_digest()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{source} {version} {DATA_VERSION}".encode()).hexdigest()[:16]
 
 
 def todo(variant: str, split: str, base: str, recipe: dict[str, Any], code: str, store: str) -> str:
-    """The place of `variant`'s branch in the store, or "" when it is finished."""
-    branch = place(split, base, recipe, code, variant)
-    done = finished(open_store(store), branch)
-    print(f"{variant}: {'finished earlier' if done else 'to do'}, {branch}")
-    return "" if done else branch
+    """The evaluation key of `variant`, or "" when its scores are in the store."""
+    training, evaluation = variant_keys(split, base, recipe, variant)
+    done = is_finished(open_store(store), evaluation)
+    print(f"{variant}: {'finished earlier' if done else 'to do'}, {evaluation}, adapter: {training or 'none'}")
+    return "" if done else evaluation
 
 
 def verdict(comparison: str) -> None:
