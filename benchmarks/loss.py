@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    from feyntune.training.train import hardware
+    from feyntune.training.results import hardware
 
     sizes = (args.tokens, args.hidden, args.words)
     settings = [int(n) for n in args.at_once.split(",")]
