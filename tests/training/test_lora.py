@@ -38,16 +38,18 @@ def run(model, x):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 7, 24), (5, 24)])
-def test_it_computes_what_peft_computes(bias, shape):
-    x = torch.randn(shape)
-    expected, gradients = run(make(bias), x)
-    fused = make(bias)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_it_computes_what_peft_computes(bias, shape, dtype, tolerance):
+    x = torch.randn(shape, dtype=dtype)
+    expected, gradients = run(make(bias).to(dtype), x)
+    fused = make(bias).to(dtype)
     fuse_lora(fused, 0.0)
     y, fused_gradients = run(fused, x)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, expected, rtol=0, atol=tolerance * expected.abs().max().item())
     assert fused_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-4, atol=1e-4)
+        atol = tolerance * gradient.abs().max().item()
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=0, atol=atol)
 
 
 def test_dropout_is_on_the_lora_input_alone_and_only_in_training():
