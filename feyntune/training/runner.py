@@ -156,7 +156,7 @@ def make_runner(
     layers: list[Any] = []
     if plan.layers or plan.capacity:
         bare: Any = model.get_base_model()
-        bare.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        bare.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         bare.disable_input_require_grads()  # without reentry the inputs need no gradient
         layers = list(backbone(model).layers)  # type: ignore[arg-type]
     if cuda:
