@@ -15,10 +15,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from feyntune.training.loss import WORDS, frozen_head_loss
+from feyntune.training.loss import CPU_VOCAB_CHUNK, frozen_head_loss
 
 
-def measure(kind: str, tokens: int, hidden: int, words: int, at_once: int = WORDS) -> tuple[float, int, float, float]:
+def measure(
+    kind: str, tokens: int, hidden: int, words: int, at_once: int = CPU_VOCAB_CHUNK
+) -> tuple[float, int, float, float]:
     """(CPU seconds, bytes above the inputs, loss, norm of the gradient) of one forward and backward, in a fork."""
 
     def run() -> tuple[float, int, float, float]:
@@ -41,7 +43,7 @@ def measure(kind: str, tokens: int, hidden: int, words: int, at_once: int = WORD
     return _in_fork(run)
 
 
-def peak_bytes(kind: str, tokens: int, hidden: int, words: int, at_once: int = WORDS) -> int:
+def peak_bytes(kind: str, tokens: int, hidden: int, words: int, at_once: int = CPU_VOCAB_CHUNK) -> int:
     return measure(kind, tokens, hidden, words, at_once)[1]
 
 
@@ -80,11 +82,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--words", type=int, default=128_256)
-    parser.add_argument("--at-once", default=f"{WORDS},512,4096", help="words whose logits exist at once")
+    parser.add_argument("--at-once", default=f"{CPU_VOCAB_CHUNK},512,4096", help="words whose logits exist at once")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    from feyntune.training.train import hardware
+    from feyntune.training.results import hardware
 
     sizes = (args.tokens, args.hidden, args.words)
     settings = [int(n) for n in args.at_once.split(",")]

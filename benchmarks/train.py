@@ -7,7 +7,7 @@ Both train a Llama with random weights on the same global batches, documents as 
 (log-normal, mean 185 tokens, coefficient of variation 0.5; on the 1,000 real ones it was 185 and 0.49). Rounds are
 interleaved and change their order; on one CPU thread process CPU time counts, because the machine may be shared, on
 a GPU or several threads wall time. Padding does not count. With dropout 0 the losses of each step are compared, too.
-MFU is useful tokens per second times 4N FLOPs (6N where all layers recompute) over the device's peak.
+MFU is useful tokens per second times 4N FLOPs over the device's peak; hardware FLOPs utilization counts recomputation.
 """
 
 import argparse
@@ -35,12 +35,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from feyntune.model.load import load_base
-from feyntune.model.packed import kernel
-from feyntune.training import train as engine
+from feyntune.model.packed import attention_backend
 from feyntune.training.batches import Document
 from feyntune.training.config import TARGETS, TrainConfig
+from feyntune.training.distributed import ProcessGroup
 from feyntune.training.estimate import HARDWARE, flops_per_token
 from feyntune.training.memory import LLAMA_8B, Shape
+from feyntune.training.results import hardware
+from feyntune.training.runner import add_adapter, make_runner
+from feyntune.training.train import accumulate_gradients, flat_gradient
 
 BATCH = 16
 
@@ -93,15 +96,15 @@ class Engine:
             learning_rate=3e-4,
             compile=args.compile,
         )
-        self.ranks = engine._Ranks(0, 1, torch.device(args.device))
-        base = load_base(str(folder), args.precision, self.ranks.device)
+        self.group = ProcessGroup(0, 1, torch.device(args.device))
+        base = load_base(str(folder), args.precision, self.group.device)
         torch.manual_seed(0)
-        model, seeds = engine._with_adapter(base, args.method, self.config, "base")
+        model, masks = add_adapter(base, args.method, self.config, "base")
         self.model = model
-        self.compute = engine._compute(model, args.method, self.config, self.ranks, seeds)
+        self.runner = make_runner(model, masks, args.method, self.config, self.group.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.gradient = engine._Gradient(self.parameters)
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+        self.gradient = flat_gradient(self.parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
         self.step = 0
 
     def train(self, batches: list[list[Document]], clock) -> tuple[float, list[float]]:
@@ -109,9 +112,9 @@ class Engine:
         losses, stop = [], threading.Event()
         started = clock()
         for batch in batches:
-            loss, _ = engine._gradient_of(batch, self.step, self.compute, self.gradient, self.ranks, stop)
+            loss, _ = accumulate_gradients(batch, self.step, self.config, self.runner, self.gradient, self.group, stop)
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimiser.step()
+            self.optimizer.step()
             self.step += 1
             losses.append(loss)
         return clock() - started, losses
@@ -132,7 +135,7 @@ class Usual:
         self.model = get_peft_model(base, lora)
         if args.checkpoint_layers == "all":
             self.model.enable_input_require_grads()
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=3e-4,
             betas=(0.9, 0.95),
@@ -163,7 +166,9 @@ class Usual:
                 return torch.utils.data.SequentialSampler(self.train_dataset)
 
         rows = [{"input_ids": d.tokens, "labels": d.tokens} for b in batches for d in b]
-        precision = {"bf16": True} if self.args.precision == "bf16" else {}
+        # Both sides compute in bf16 under autocast, but NF4 on a CPU, where fp32 is the faster of the two.
+        bf16 = self.args.precision == "bf16" or (self.args.precision == "nf4" and self.device.type == "cuda")
+        precision = {"bf16": True} if bf16 else {}
         with tempfile.TemporaryDirectory() as tmp:
             trainer = InOrder(
                 model=self.model,
@@ -183,7 +188,7 @@ class Usual:
                 ),
                 train_dataset=rows,
                 data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
-                optimizers=(self.optimiser, None),
+                optimizers=(self.optimizer, None),
                 callbacks=[Watch()],
             )
             trainer.remove_callback(PrinterCallback)
@@ -255,7 +260,7 @@ def main() -> None:
     peak_flops = next((h.flops for h in HARDWARE.values() if h.name.split("-")[0] in card), None)
     result: dict[str, Any] = {
         "benchmark": "train",
-        "hardware": engine.hardware(torch.device(args.device)),
+        "hardware": hardware(torch.device(args.device)),
         "clock": "wall" if cuda or args.threads > 1 else "process CPU",
         "threads": args.threads,
         "model": {"hidden": shape.hidden, "layers": shape.layers, "vocabulary": shape.vocabulary},
@@ -263,8 +268,8 @@ def main() -> None:
         "method": args.method,
         "dropout": args.dropout,
         "compile": args.compile,
-        "attention": kernel(args.device),
-        "checkpointed_layers": ours.compute.checkpointed,
+        "attention": attention_backend(args.device, torch.float32 if args.precision == "fp32" else torch.bfloat16),
+        "checkpointed_layers": ours.runner.plan.layers,
         "padded_over_useful": round(padded, 3),
         "rounds": args.rounds,
         "ratio": round(statistics.median(ratios), 3),
@@ -276,7 +281,9 @@ def main() -> None:
         if cuda:
             result[name]["peak_memory_bytes"] = max(found["peak"])
         if peak_flops:
-            result[name]["mfu"] = round(rate * flops_per_token(shape, ours.compute.checkpointed) / peak_flops, 4)
+            recomputing = ours.runner.plan.layers
+            result[name]["mfu"] = round(rate * flops_per_token(shape, 0) / peak_flops, 4)
+            result[name]["hfu"] = round(rate * flops_per_token(shape, recomputing) / peak_flops, 4)
     if args.dropout == 0:
         pairs = zip(figures["engine"]["losses"], figures["trainer"]["losses"], strict=True)
         result["largest_loss_difference"] = max(abs(a - b) for a, b in pairs)

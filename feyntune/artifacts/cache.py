@@ -1,15 +1,17 @@
-"""Where a branch of the suite (one variant, or the base) keeps its results in the store.
+"""Where a run keeps the results of one variant (or of the base) in the store, and how a finished result is found again.
 
-The place is a function of everything that decides the result, so a branch that was finished by an earlier run is
-found, one that was interrupted goes on, and a change of corpus, base, recipe or code starts afresh:
+Two keys, one for each expensive step, so that nothing is computed again that is still valid:
 
-    branches/CAMPAIGN/SLUG/checkpoints/…   while training
-                           adapter/        sealed adapter
-                           evaluation/     sealed scores
-                           failures/ID/    sealed failures, the newest counts until an evaluation is there
+    training/KEY/SLUG/     checkpoints/…   while training
+                           adapter/        the trained adapter
+    evaluations/KEY/SLUG/  evaluation/     scores and completions
+                           failures/ID/    failures; the newest counts until there is an evaluation
+
+The training key covers the split, the base model, the settings that decide the adapter, and TRAINING_VERSION. The
+evaluation key covers the training key, the evaluation's settings, and EVALUATION_VERSION. A version is raised by hand
+when the step's code changes what it computes; a test compares the files listed here with a frozen digest.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -17,7 +19,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +28,87 @@ from feyntune.errors import Interrupted, UserError
 from feyntune.names import slug
 from feyntune.telemetry import log
 
-_DECIDES_RESULTS = ("artifacts", "model", "engine", "ingestion", "splitting", "training", "evaluation")
+DATA_VERSION = "feyntune-data-1"  # of ingest and split together
+TRAINING_VERSION = "feyntune-training-1"
+EVALUATION_VERSION = "feyntune-evaluation-1"
+
+# The files whose code decides what a step computes, from the package's folder.
+VERSIONED_FILES = {
+    DATA_VERSION: ("artifacts/records.py", "ingestion/*.py", "splitting/*.py", "variants.yaml"),
+    TRAINING_VERSION: (
+        "model/load.py",
+        "model/packed.py",
+        "training/batches.py",
+        "training/dropout.py",
+        "training/loss.py",
+        "training/train.py",
+    ),
+    EVALUATION_VERSION: (
+        "model/load.py",
+        "model/packed.py",
+        "engine/batching.py",
+        "engine/lora.py",
+        "evaluation/completions.py",
+        "evaluation/evaluate.py",
+        "evaluation/prompts.py",
+        "evaluation/scoring.py",
+    ),
+}
 
 
-@cache
-def code_digest() -> str:
-    """Digest of the code that decides what a branch results in."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for room in _DECIDES_RESULTS:
-        for path in sorted((root / room).rglob("*")):
-            if path.suffix in (".py", ".yaml"):
-                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+def training_key(split_digest: str, base: str, metadata: dict[str, Any], version: str = TRAINING_VERSION) -> str:
+    """Prefix in the store of one variant's checkpoints and adapter.
+
+    Args:
+        base: `LOCATION@DIGEST`; only the digest counts.
+        metadata: `adapter_metadata` of the variant.
+    """
+    key = {"split": split_digest, "base": base.rpartition("@")[2], "adapter": metadata, "version": version}
+    return f"training/{_short(key)}/{slug(metadata['variant'])}"
 
 
-def place(split_digest: str, base: str, recipe: dict[str, Any], code: str, variant: str) -> str:
-    """The branch's prefix in the store. `base` is pinned: only its digest counts, not where it lies."""
-    campaign = sha256_json({"split": split_digest, "base": base.rpartition("@")[2], "recipe": recipe, "code": code})
-    return f"branches/{campaign[:16]}/{slug(variant)}"
+def evaluation_key(
+    split_digest: str,
+    base: str,
+    training: str | None,
+    settings: dict[str, Any],
+    name: str,
+    version: str = EVALUATION_VERSION,
+) -> str:
+    """Prefix in the store of one system's scores.
+
+    Args:
+        training: the variant's `training_key`; None for the base model itself.
+        settings: the whole evaluation configuration, defaults included.
+        name: the variant, or the base's name.
+    """
+    key = {"split": split_digest, "base": base.rpartition("@")[2], "training": training, "settings": settings}
+    return f"evaluations/{_short(key | {'version': version})}/{slug(name)}"
 
 
-def finished(store: Store, branch: str) -> bool:
-    return store.exists(f"{branch}/evaluation/{MANIFEST}")
+def is_finished(store: Store, evaluation: str) -> bool:
+    """Whether the scores under this evaluation key are in the store."""
+    return store.exists(f"{evaluation}/evaluation/{MANIFEST}")
 
 
 @contextmanager
-def failure_as_data(store: Store, branch: str, step: str, variant: str, out: str | Path) -> Iterator[None]:
-    """Turn an error inside a branch into a sealed `failure` at `out` and in the store; the step then ends normally.
+def capture_failure(
+    store: Store, evaluation: str, step: str, variant: str, out: str | Path, last_attempt: bool = True
+) -> Iterator[None]:
+    """Turn an error of one variant's step into a `failure` artifact at `out` and in the store; the step then succeeds.
 
-    On a cluster nothing is scheduled after the first failed task, so a branch that failed must not fail its task:
-    the other branches would lose their evaluations. `compare` reports it and `verdict` fails the run by name.
-    Being interrupted is no failure: the task ends with exit code 75 and is retried.
+    A failed task stops the whole pipeline, and the other variants would lose their results. So a variant's failure
+    travels as data: `compare` reports it, and the last step fails the run by name. Invalid input (UserError) is
+    captured at once, since another try would end the same way. Any other error fails the task, so that the cluster
+    retries it, until `last_attempt`. An interruption is never captured.
     """
     try:
         yield
     except Interrupted:
         raise
     except Exception as e:
+        if not isinstance(e, UserError) and not last_attempt:
+            raise
         message = str(e) or type(e).__name__
         log.error("%s of %s failed: %s", step, variant, message)
         outcome = {
@@ -73,18 +117,18 @@ def failure_as_data(store: Store, branch: str, step: str, variant: str, out: str
             "error": message,
             "traceback": "" if isinstance(e, UserError) else traceback.format_exc(),
         }
-        shutil.rmtree(out, ignore_errors=True)  # a result that came before the error must not hide it
+        shutil.rmtree(out, ignore_errors=True)  # a result written before the error must not hide it
         with write_artifact(out, kind="failure", config=outcome) as folder:
             (folder.path / "outcome.json").write_text(json.dumps(outcome, indent=1))
-        push(store, out, f"{branch}/failures/{time.time_ns():020d}")
+        push(store, out, f"{evaluation}/failures/{time.time_ns():020d}")
 
 
-def newest_failure(store: Store, branch: str, folder: Path) -> Path | None:
-    """Pull the branch's newest failure to `folder`; None where it has none."""
-    found = [n for n in store.names(f"{branch}/failures/") if n.endswith(f"/{MANIFEST}")]
-    if not found:
+def newest_failure(store: Store, evaluation: str, folder: Path) -> Path | None:
+    """Pull the newest failure under an evaluation key to `folder`; None if there is none."""
+    failures = [n for n in store.names(f"{evaluation}/failures/") if n.endswith(f"/{MANIFEST}")]
+    if not failures:
         return None
-    pull(store, max(found).removesuffix(f"/{MANIFEST}"), folder, kind="failure")
+    pull(store, max(failures).removesuffix(f"/{MANIFEST}"), folder, kind="failure")
     return folder
 
 
@@ -93,3 +137,7 @@ def scratch() -> Iterator[Path]:
     """A temporary folder for what a step pulls and does not keep."""
     with tempfile.TemporaryDirectory(prefix="feyntune-") as name:
         yield Path(name)
+
+
+def _short(key: dict[str, Any]) -> str:
+    return sha256_json(key)[:16]

@@ -125,6 +125,7 @@ def plan(
 
     from feyntune.errors import UserError
     from feyntune.training.estimate import paper_variants, plan_variants, totals
+    from feyntune.training.roofline import plan_layouts
     from feyntune.variants import select_variants
 
     setup_logging(quiet=as_json)
@@ -144,8 +145,13 @@ def plan(
         price=price,
     )
     whole = totals(rows)
+    layouts = plan_layouts({name: papers[name] for name in names}, hardware, devices)
     if as_json:
-        print(json.dumps({"variants": [asdict(r) for r in rows], "totals": whole}))
+        print(
+            json.dumps(
+                {"variants": [asdict(r) for r in rows], "totals": whole, "layouts": [asdict(x) for x in layouts]}
+            )
+        )
         return
     rate = f"{tokens_per_second:,.0f} tokens/s measured" if tokens_per_second else f"{utilization:.0%} of peak, assumed"
     print(f"{devices} x {hardware}, {rate}; in brackets the published recipe on the same hardware\n")
@@ -155,5 +161,8 @@ def plan(
         memory = f"{r['memory_bytes'] / 2**30:.1f}"
         table.append([name, f"{r['tokens'] / 1e6:,.0f} M", f"{r['steps']:,}", memory, gpu_hours, f"{r['hours']:,.1f}"])
     print_table(table, ["variant", "tokens", "steps", "GiB", "GPU-hours", "hours"], right=(1, 2, 3, 4, 5))
+    print()
+    for x in layouts:
+        print(f"{x.name}: {x.hours:,.1f} h on {devices} GPUs, {x.tokens_per_second:,.0f} tokens/s a GPU by a roofline")
     if price is not None:
         print(f"\ncost: {whole['money']:,.2f} (published recipe: {whole['published_money']:,.2f})")

@@ -219,15 +219,16 @@ class _Scorer:
     def _load(self, adapter: str | Path | None) -> None:
         import torch
 
-        from feyntune.model.load import best_device, check_fit, load_base, load_tokenizer
-        from feyntune.model.packed import kernel
+        from feyntune.model.load import check_vocab_size, get_device, load_base, load_tokenizer
+        from feyntune.model.packed import attention_backend
 
-        device = best_device()
+        device = get_device()
         if self.model is None:
             self.tokenizer = load_tokenizer(self.base)
             self.model = load_base(self.base, self.config.precision, device)
-            check_fit(self.model, self.tokenizer, self.base)
-            self.kernel = kernel(device) if self.config.precision != "fp32" else "sdpa"
+            check_vocab_size(self.model, self.tokenizer, self.base)
+            dtype = torch.float32 if self.config.precision == "fp32" else torch.bfloat16
+            self.kernel = attention_backend(device, dtype)
             self.hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         if adapter is None:
             return
@@ -245,12 +246,12 @@ class _Scorer:
         """The base model without adapters, ready to generate; nothing is scored after this."""
         import torch
 
-        from feyntune.model.load import best_device, check_fit, load_base, load_tokenizer
+        from feyntune.model.load import check_vocab_size, get_device, load_base, load_tokenizer
 
         if self.model is None:
             self.tokenizer = load_tokenizer(self.base)
-            model = load_base(self.base, self.config.precision, best_device(), attention="sdpa")
-            check_fit(model, self.tokenizer, self.base)
+            model = load_base(self.base, self.config.precision, get_device(), attention="sdpa")
+            check_vocab_size(model, self.tokenizer, self.base)
         else:
             model = self.model.unload() if hasattr(self.model, "unload") else self.model
             model.set_attn_implementation("sdpa")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from feyntune.model.packed import IGNORE, budgeted, head, hidden_states, pack
+from feyntune.model.packed import IGNORE, group_by_token_budget, head, hidden_states, pack
 
 
 class Scores(NamedTuple):
@@ -27,7 +27,7 @@ def score(model: Any, documents: Sequence[Sequence[int]], tokens_per_batch: int,
     """
     device = next(model.parameters()).device
     result = []
-    for group in budgeted([len(d) for d in documents], tokens_per_batch):
+    for group in group_by_token_budget([len(d) for d in documents], tokens_per_batch):
         batch = pack([documents[i] for i in group]).to(device)
         predicts = batch.labels[0] != IGNORE
         hidden, labels = hidden_states(model, batch)[predicts], batch.labels[0][predicts]

@@ -27,9 +27,9 @@ class Embedder:
         try:
             from sentence_transformers import SentenceTransformer
 
-            from feyntune.model.load import best_device
+            from feyntune.model.load import get_device
 
-            self._model = SentenceTransformer(str(folder), device=str(best_device()), local_files_only=True)
+            self._model = SentenceTransformer(str(folder), device=str(get_device()), local_files_only=True)
         except ImportError as e:
             raise UserError("Embedding model: sentence-transformers is not installed in this image.") from e
         except (OSError, ValueError, KeyError) as e:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from feyntune.artifacts.artifact import read_manifest
-from feyntune.artifacts.cache import code_digest, failure_as_data, finished, newest_failure, place, scratch
+from feyntune.artifacts.cache import capture_failure, is_finished, newest_failure, scratch
 from feyntune.artifacts.store import open_store, pull, push
 from feyntune.errors import UserError
+from feyntune.keys import last_attempt, variant_keys
 from feyntune.names import BASE
 from feyntune.telemetry import setup
+
+RETRIES = 2  # as the pipeline sets them
 
 
 def evaluate_branch(
@@ -31,8 +34,8 @@ def evaluate_branch(
     from feyntune.evaluation.evaluate import evaluate
 
     artifacts = open_store(store)
-    branch = place(read_manifest(data).digest, base, recipe, code_digest(), variant)
-    with failure_as_data(artifacts, branch, "evaluate", variant, out):
+    _, branch = variant_keys(read_manifest(data).digest, base, recipe, variant)
+    with capture_failure(artifacts, branch, "evaluate", variant, out, last_attempt(RETRIES)):
         config = EvaluateConfig.model_validate({**recipe.get("evaluate", {}), "include_base": adapter is None})
         evaluate(data, base, {} if adapter is None else {variant: adapter}, out, config)
         push(artifacts, out, f"{branch}/evaluation")
@@ -63,14 +66,14 @@ def compare_branches(
     adapter_uris: dict[str, str] = {}
     with scratch() as folder:
         for i, name in enumerate([BASE, *variants]):
-            branch = place(split, base, recipe, code_digest(), name)
-            if finished(artifacts, branch):
+            training, branch = variant_keys(split, base, recipe, name)
+            if is_finished(artifacts, branch):
                 pull(artifacts, f"{branch}/evaluation", folder / f"evaluation-{i}", kind="evaluation")
                 evaluations.append(folder / f"evaluation-{i}")
-                if name != BASE:
-                    pull(artifacts, f"{branch}/adapter", folder / f"adapter-{i}", kind="adapter")
+                if training is not None:
+                    pull(artifacts, f"{training}/adapter", folder / f"adapter-{i}", kind="adapter")
                     adapters[name] = folder / f"adapter-{i}"
-                    adapter_uris[name] = f"{branch}/adapter"
+                    adapter_uris[name] = f"{training}/adapter"
             else:
                 failure = newest_failure(artifacts, branch, folder / f"failure-{i}")
                 if failure is None:

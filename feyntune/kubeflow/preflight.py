@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from feyntune.artifacts.artifact import read_manifest
-from feyntune.artifacts.cache import code_digest, finished, place
+from feyntune.artifacts.cache import DATA_VERSION, is_finished
 from feyntune.artifacts.names import expand
 from feyntune.artifacts.store import open_store
 from feyntune.errors import UserError, VariantsFailed
+from feyntune.keys import variant_keys
 from feyntune.model.base import pin_base
 from feyntune.telemetry import log, setup
 from feyntune.variants import select_variants
@@ -159,7 +160,7 @@ def source_fingerprint(source: str) -> str:
         version = ""
     else:
         raise UserError(f"Source {source!r}: write kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.")
-    return hashlib.sha256(f"{source} {version} {code_digest()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{source} {version} {DATA_VERSION}".encode()).hexdigest()[:16]
 
 
 def check_cache(data: str, systems: list[str], base: str, recipe: dict[str, Any], store: str) -> list[str]:
@@ -168,8 +169,9 @@ def check_cache(data: str, systems: list[str], base: str, recipe: dict[str, Any]
     split, artifacts = read_manifest(data).digest, open_store(store)
     pending = []
     for name in systems:
-        done = finished(artifacts, place(split, base, recipe, code_digest(), name))
-        log.info("%s: %s", name, "finished earlier" if done else "to do")
+        _, evaluation = variant_keys(split, base, recipe, name)
+        done = is_finished(artifacts, evaluation)
+        log.info("%s: %s, %s", name, "finished earlier" if done else "to do", evaluation)
         if not done:
             pending.append(name)
     return pending

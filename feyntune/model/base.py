@@ -35,7 +35,7 @@ def pin_base(base: str) -> str:
     if location.startswith("s3://"):
         manifest = stored_manifest(*_stored(location))
         if manifest is None:
-            raise UserError(f"Base model {location} is not a sealed folder: put it there with `feyntune push-base`.")
+            raise UserError(f"Base model {location} is not an artifact: put it there with `feyntune push-base`.")
         digest = manifest.digest
     elif Path(location).is_dir():
         digest = folder_digest(location)
@@ -49,7 +49,7 @@ def pin_base(base: str) -> str:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Digest of a model folder: its manifest's if sealed, else of its files' contents."""
+    """Digest of a model folder: its manifest's if it is an artifact, else of its files' contents."""
     folder = Path(folder)
     if is_artifact(folder):
         return read_manifest(folder).digest
@@ -60,7 +60,7 @@ def folder_digest(folder: str | Path) -> str:
 
 
 def push_base(folder: str | Path, address: str) -> str:
-    """Copy the model in `folder` to `address` (s3://BUCKET/FOLDER), sealed; returns ADDRESS@DIGEST.
+    """Copy the model in `folder` to `address` (s3://BUCKET/FOLDER) as an artifact; returns ADDRESS@DIGEST.
 
     Raises:
         UserError: no model is in `folder`, `address` is no address in a store, or the store refuses.
@@ -73,9 +73,9 @@ def push_base(folder: str | Path, address: str) -> str:
     store, name = _stored(address)
     with tempfile.TemporaryDirectory() as scratch:
         if not is_artifact(folder):
-            with write_artifact(Path(scratch) / "base", "base") as sealed:
+            with write_artifact(Path(scratch) / "base", "base") as writer:
                 for file in _model_files(folder):
-                    (sealed.path / file.name).symlink_to(file.resolve())
+                    (writer.path / file.name).symlink_to(file.resolve())
             folder = Path(scratch) / "base"
         return f"{address}@{push(store, folder, name).digest}"
 

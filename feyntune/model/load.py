@@ -60,7 +60,7 @@ def prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
 
 
-def best_device() -> torch.device:
+def get_device() -> torch.device:
     """The accelerator of this process (by LOCAL_RANK), or the CPU.
 
     Raises:
@@ -122,7 +122,7 @@ def load_base(
     return model
 
 
-def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> None:
+def check_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> None:
     """Refuse a tokenizer that can produce ids the model has no embedding for."""
     table: Any = model.get_input_embeddings()
     embedded = table.weight.shape[0]

@@ -1,17 +1,19 @@
-"""Documents side by side in one row, without padding, each attending to itself alone.
+"""Packing: documents end to end in one row, without padding, each attending only to itself.
 
-A random padded batch of 16 abstracts is half padding; laid end to end nothing is. Position ids restart at
-each document, and attention runs per document: FlashAttention's varlen kernel or torch's own where there is a
-GPU that has them, one SDPA call a document elsewhere (on a CPU 9 times faster than one call under a block mask).
+Half of a random padded batch of 16 abstracts is padding; a packed one has none. Position ids restart at each
+document, and attention runs per document: FlashAttention's varlen kernel, or torch's own, on a GPU that has one; one
+SDPA call a document elsewhere (on a CPU 9 times faster than one call under a block mask).
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 IGNORE = -100
 ATTENTION = "feyntune_packed"  # the name under which transformers finds the function below
@@ -25,15 +27,24 @@ class Packed:
         input_ids, position_ids, labels: [1, tokens]. `labels[t]` is the token after t in the same document,
             IGNORE at the last token of each.
         lengths: tokens of each document, in order.
+        cu_seqlens: [documents + 1], int32: where each document starts, and the end of the last.
+        predicted: positions whose label is not IGNORE.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     lengths: list[int]
+    cu_seqlens: torch.Tensor
+    predicted: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Packed":
-        return Packed(self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device), self.lengths)
+        """Copies on `device`; to a GPU without waiting for it."""
+        if torch.device(device).type == "cpu":
+            return self
+        tensors = (self.input_ids, self.position_ids, self.labels, self.cu_seqlens, self.predicted)
+        ids, positions, labels, ends, predicted = (t.pin_memory().to(device, non_blocking=True) for t in tensors)
+        return Packed(ids, positions, labels, self.lengths, ends, predicted)
 
 
 def pack(documents: Sequence[Sequence[int]]) -> Packed:
@@ -47,42 +58,43 @@ def pack(documents: Sequence[Sequence[int]]) -> Packed:
         ids += d
         positions += range(len(d))
         labels += [*d[1:], IGNORE]
-    row = lambda values: torch.tensor(values, dtype=torch.long)[None]
-    return Packed(row(ids), row(positions), row(labels), [len(d) for d in documents])
+    input_ids, position_ids, targets = (
+        torch.tensor(values, dtype=torch.long)[None] for values in (ids, positions, labels)
+    )
+    lengths = [len(d) for d in documents]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    predicted = (targets[0] != IGNORE).nonzero()[:, 0]
+    return Packed(input_ids, position_ids, targets, lengths, cu_seqlens, predicted)
 
 
-def budgeted(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def group_by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of documents grouped in order so that no group exceeds `budget` tokens.
 
-    A document longer than the budget stands alone. Sort the lengths first to make groups even.
+    A document longer than the budget is a group of its own. Sort the lengths first to make groups even.
     """
     groups: list[list[int]] = []
-    room = 0
+    remaining = 0
     for i, n in enumerate(lengths):
-        if not groups or n > room:
+        if not groups or n > remaining:
             groups.append([])
-            room = budget
+            remaining = budget
         groups[-1].append(i)
-        room -= n
+        remaining -= n
     return groups
 
 
-def kernel(device: torch.device | str) -> str:
-    """Which attention runs on `device`: "flash-attn", "torch-varlen" or "sdpa". Goes into manifests."""
-    if torch.device(device).type == "cuda":
+@cache
+def attention_backend(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Which attention runs for values of `dtype` on `device`: "flash-attn", "torch-varlen" or "sdpa"."""
+    device = torch.device(device)
+    if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device)[0] < 8:
+        return "sdpa"
+    for name, module in (("flash-attn", "flash_attn"), ("torch-varlen", "torch.nn.attention.varlen")):
         try:
-            import flash_attn  # noqa: F401
-
-            return "flash-attn"
+            importlib.import_module(module)
+            return name
         except ImportError:
-            pass
-        if torch.cuda.get_device_capability(device)[0] >= 8:
-            try:
-                from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-
-                return "torch-varlen"
-            except ImportError:
-                pass
+            continue
     return "sdpa"
 
 
@@ -95,14 +107,15 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     lengths: Sequence[int] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document; shapes as transformers': [1, heads, tokens, head dim]."""
-    if lengths is None:
-        raise ValueError("packed attention needs `lengths`: call the model through hidden_states()")
+    if lengths is None or cu_seqlens is None:
+        raise ValueError("packed attention needs the documents' lengths: call the model through hidden_states()")
     out: Any
-    which = kernel(query.device)
-    if which == "sdpa" or query.dtype == torch.float32:
+    backend = attention_backend(query.device, query.dtype)
+    if backend == "sdpa":
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -110,25 +123,35 @@ def _attention(
         each = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in parts]
         return torch.cat(each, dim=2).transpose(1, 2), None
 
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head dim]
     longest = max(lengths)
-    if which == "flash-attn":
+    if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scaling, causal=True)
+        out = flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scaling, causal=True
+        )
     else:
         from torch.nn.attention.varlen import varlen_attn
 
         causal = (-1, 0)  # any number of tokens to the left, none to the right
         out = varlen_attn(
-            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=causal, enable_gqa=q.shape[1] > k.shape[1]
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=causal,
+            enable_gqa=q.shape[1] > k.shape[1],
         )
     return out[None], None
 
 
+# No mask function is registered: transformers then builds no mask and does not look for packed sequences itself.
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)  # else a tokens x tokens mask is built
 
 
 def backbone(model: Any) -> PreTrainedModel:
@@ -151,5 +174,6 @@ def hidden_states(model: Any, batch: Packed) -> torch.Tensor:
         attention_mask=None,
         use_cache=False,
         lengths=batch.lengths,
+        cu_seqlens=batch.cu_seqlens,
     )
     return out.last_hidden_state[0]

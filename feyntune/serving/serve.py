@@ -127,12 +127,12 @@ async def _bring_up(
 def _load(base: str, precision: "Precision", settings: EngineSettings):
     """The engine, the tokenizer and the ids that end a text; minutes for a large base."""
     from feyntune.engine.batching import BatchingEngine
-    from feyntune.model.load import best_device, check_fit, load_base, load_tokenizer
+    from feyntune.model.load import check_vocab_size, get_device, load_base, load_tokenizer
     from feyntune.serving import metrics
 
     tokenizer = load_tokenizer(base)
-    model = load_base(base, precision, best_device(), attention="sdpa")
-    check_fit(model, tokenizer, base)
+    model = load_base(base, precision, get_device(), attention="sdpa")
+    check_vocab_size(model, tokenizer, base)
     given = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *([given] if isinstance(given, int) else given or [])}
     return BatchingEngine(model, sorted(eos), settings, metrics.BATCH.observe), tokenizer, eos

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from feyntune.errors import UserError
 from feyntune.model.load import encode
+from feyntune.model.packed import group_by_token_budget
 
 
 @dataclass
@@ -104,3 +105,25 @@ def seed_of(*parts: int | str) -> int:
 def predicted(documents: Sequence[Document]) -> int:
     """How many tokens are predicted in `documents`: all but the first of each."""
     return sum(len(d.tokens) - 1 for d in documents)
+
+
+def largest_micro_batch(
+    examples: Sequence[Document], batch_size: int, steps: int, seed: int, parts: int, budget: int
+) -> list[Document]:
+    """The micro-batch with the most tokens that any of `parts` devices will compute in the first `steps` steps.
+
+    The whole schedule is known before step 0, so memory can be planned for it and tried once.
+    """
+    largest: list[Document] = []
+    most = 0
+    for step in range(steps):
+        batch = global_batch(examples, batch_size, step, seed)
+        lengths = [len(d.tokens) for d in batch]
+        if sum(lengths) <= most:
+            continue
+        for part in divide(lengths, parts):
+            for group in group_by_token_budget([lengths[i] for i in part], budget):
+                tokens = sum(lengths[part[i]] for i in group)
+                if tokens > most:
+                    most, largest = tokens, [batch[part[i]] for i in group]
+    return largest

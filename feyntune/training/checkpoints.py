@@ -1,9 +1,9 @@
-"""Checkpoints: sealed folders in a store, written in the background, the newest undamaged one found again.
+"""Checkpoints: artifacts in a store, written in the background; the newest undamaged one is loaded.
 
     PREFIX/step-00000120-4f2a91/   state.safetensors   adapter, and AdamW's two moments, in fp32
                                    progress.json       position and curve so far
 
-The ending is drawn anew for each save, so none is ever overwritten, not even a half-uploaded one. There are no
+The suffix is random, so none is ever overwritten, not even a half-uploaded one. There are no
 random states in them: the order of the data and dropout are functions of the seed and the step.
 """
 
@@ -28,8 +28,8 @@ _NAME = re.compile(r"step-(\d{8})-[0-9a-f]{6}")
 
 
 @dataclass
-class State:
-    """Where a training stands after `step` steps.
+class Checkpoint:
+    """The state of a training after `step` steps.
 
     Attributes:
         tensors: on the CPU, owned by this object alone.
@@ -43,23 +43,23 @@ class State:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one training under a prefix of a store. One process saves."""
 
     def __init__(self, store: Store, prefix: str, inputs: dict[str, str], config: dict[str, Any], keep: int = 2):
         self.store, self.prefix, self.inputs, self.config, self.keep = store, prefix, inputs, config, keep
-        self.good: list[str] = []  # known to be whole: the one resumed from, then those saved, oldest first
+        self.valid: list[str] = []  # known to be undamaged: the one resumed from, then those saved, oldest first
         self.saved_at: float | None = None  # time.monotonic() of the newest
         self._thread: threading.Thread | None = None
 
-    def newest(self) -> State | None:
-        """The newest checkpoint whose digest holds; damaged ones are passed over and logged.
+    def load_latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose digest holds; damaged ones are skipped and logged.
 
         Raises:
             StoreError: the store stopped answering before one could be read.
         """
-        away: StoreError | None = None
-        for name in reversed(self._sealed()):
+        store_error: StoreError | None = None
+        for name in reversed(self._names()):
             try:
                 with tempfile.TemporaryDirectory(prefix="feyntune-") as tmp:
                     folder = Path(tmp) / "checkpoint"
@@ -67,17 +67,17 @@ class Checkpoints:
                     tensors = load_file(folder / "state.safetensors")
                     progress = json.loads((folder / "progress.json").read_text())
             except (ArtifactError, StoreError) as e:
-                log.warning("checkpoint %s is passed over for the one before it: %s", name, e)
-                away = e if isinstance(e, StoreError) else away
+                log.warning("checkpoint %s is skipped for the one before it: %s", name, e)
+                store_error = e if isinstance(e, StoreError) else store_error
                 continue
-            self.good = [name]
+            self.valid = [name]
             self.saved_at = time.monotonic()
-            return State(_step(name), tensors, progress, manifest.stats)
-        if away is not None:
-            raise away
+            return Checkpoint(_step(name), tensors, progress, manifest.stats)
+        if store_error is not None:
+            raise store_error
         return None
 
-    def save(self, state: State) -> None:
+    def save(self, state: Checkpoint) -> None:
         """Start writing `state` in the background. Call it only when not `busy`."""
         assert not self.busy
         self._thread = threading.Thread(target=self._write, args=(state,), daemon=True)
@@ -89,8 +89,8 @@ class Checkpoints:
 
     @property
     def newest_step(self) -> int | None:
-        """The step of the newest checkpoint known to be whole."""
-        return _step(self.good[-1]) if self.good else None
+        """The step of the newest checkpoint known to be undamaged."""
+        return _step(self.valid[-1]) if self.valid else None
 
     def wait(self, seconds: float) -> bool:
         """Wait until nothing is being written; False if it takes longer than `seconds`."""
@@ -99,38 +99,38 @@ class Checkpoints:
         return not self.busy
 
     def clear(self) -> None:
-        """Delete all, once what they led to is safe."""
+        """Delete all of them, once the adapter is in the store."""
         for name in list(self.store.names(f"{self.prefix}/")):
             self.store.delete(name)
 
-    def _write(self, state: State) -> None:
+    def _write(self, state: Checkpoint) -> None:
         name = f"step-{state.step:08d}-{secrets.token_hex(3)}"
         try:
             with tempfile.TemporaryDirectory(prefix="feyntune-") as tmp:
                 folder = Path(tmp) / "checkpoint"
-                with write_artifact(folder, "checkpoint", self.inputs, self.config) as unsealed:
-                    save_file(state.tensors, unsealed.path / "state.safetensors")
-                    (unsealed.path / "progress.json").write_text(json.dumps(state.progress))
-                    unsealed.stats |= state.stats
+                with write_artifact(folder, "checkpoint", self.inputs, self.config) as writer:
+                    save_file(state.tensors, writer.path / "state.safetensors")
+                    (writer.path / "progress.json").write_text(json.dumps(state.progress))
+                    writer.stats |= state.stats
                 push(self.store, folder, f"{self.prefix}/{name}")
-            self.good.append(name)
+            self.valid.append(name)
             self.saved_at = time.monotonic()
             self._drop_old()
-        except (StoreError, ArtifactError, OSError) as e:  # the run goes on; the next one is tried at its time
+        except (StoreError, ArtifactError, OSError) as e:  # training continues; the next one is tried in time
             log.warning("checkpoint of step %d was not saved: %s", state.step, e)
 
     def _drop_old(self) -> None:
-        self.good = self.good[-self.keep :]
+        self.valid = self.valid[-self.keep :]
         names = list(self.store.names(f"{self.prefix}/"))
         for name in sorted(names, key=lambda n: not n.endswith(MANIFEST)):  # without a manifest it does not exist
-            if name.removeprefix(f"{self.prefix}/").split("/")[0] not in self.good:
+            if name.removeprefix(f"{self.prefix}/").split("/")[0] not in self.valid:
                 self.store.delete(name)
 
-    def _sealed(self) -> list[str]:
-        """Names of the sealed ones, oldest first."""
+    def _names(self) -> list[str]:
+        """Names of the complete ones, oldest first."""
         names = (n.removeprefix(f"{self.prefix}/") for n in self.store.names(f"{self.prefix}/"))
-        found = (n.removesuffix(f"/{MANIFEST}") for n in names if n.endswith(f"/{MANIFEST}"))
-        return sorted(n for n in found if _NAME.fullmatch(n))
+        complete = (n.removesuffix(f"/{MANIFEST}") for n in names if n.endswith(f"/{MANIFEST}"))
+        return sorted(n for n in complete if _NAME.fullmatch(n))
 
 
 def _step(name: str) -> int:

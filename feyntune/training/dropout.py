@@ -1,9 +1,10 @@
-"""Dropout whose masks belong to a document, not to a device or a micro-batch.
+"""Dropout masks that belong to a document, not to a device or a micro-batch.
 
-A document's masks are drawn by a generator seeded with (run seed, step, place in the global batch, layer), so the
-same step drops the same values however its documents are divided among devices and micro-batches, after a
-restart, and when a checkpointed layer is computed again. No random state needs to be saved. Drawing 16 bits a
-value from 64-bit numbers is also about three times faster on a CPU than torch's dropout.
+On a CPU a document's masks come from a generator seeded with (run seed, step, position in the global batch, layer): a
+step drops the same values however its documents are divided among devices and micro-batches, after a restart, and
+when a layer recomputes its activations. No random state needs saving. Drawing 16 bits a value from 64-bit numbers is
+also about three times faster on a CPU than torch's dropout. On a GPU one mask covers the micro-batch, seeded the same
+way: a loop over documents would cost a launch each, and GPUs of two kinds draw different numbers anyway.
 """
 
 from collections.abc import Sequence
@@ -13,56 +14,42 @@ import torch
 from feyntune.training.batches import seed_of
 
 
-class DropoutSeeds:
-    """What the layers below draw from: one seed for each document of the micro-batch being computed."""
+class DropoutMasks:
+    """The masks of all LoRA layers for the micro-batch that is being computed."""
 
-    def __init__(self) -> None:
-        self.lengths: Sequence[int] = ()
-        self.seeds: Sequence[int] = ()
+    def __init__(self, p: float) -> None:
+        self.p = p
+        self.threshold = round(p * 2**16) - 2**15
+        self.lengths: list[int] = []
+        self.seeds: list[int] = []
 
     def set(self, lengths: Sequence[int], seeds: Sequence[int]) -> None:
+        """Describe the micro-batch: tokens and seed of each document."""
         self.lengths, self.seeds = list(lengths), list(seeds)
 
-
-class DocumentDropout(torch.nn.Module):
-    """Zeroes values with probability `p`, exact to 2^-17, and scales the others by 1 / (1 - p)."""
-
-    def __init__(self, p: float, layer: int, seeds: DropoutSeeds):
-        super().__init__()
-        self.p, self.layer, self.seeds = p, layer, seeds
-        self.threshold = round(p * 2**16) - 2**15
-
-    @torch.compiler.disable  # its seeds change with every document: it would be compiled anew each time
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., tokens, features] of packed documents, as long as the lengths that were set."""
-        if not self.training:
-            return x
+    @torch.compiler.disable  # the seeds change with every document: it would be compiled anew each time
+    def keep(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """Boolean mask like `x` ([..., tokens, features]): False with probability `p`, exact to 2^-17."""
         features = x.shape[-1]
-        if x.numel() != sum(self.seeds.lengths) * features:
-            raise ValueError("DocumentDropout: set the lengths of the micro-batch before it is computed")
+        if x.numel() != sum(self.lengths) * features:
+            raise ValueError("DropoutMasks: set the lengths of the micro-batch before it is computed")
         generator = torch.Generator(x.device)
+        if x.is_cuda:
+            generator.manual_seed(_layer_seed(self.seeds[0], layer))
+            bits16 = torch.empty(x.shape, dtype=torch.int16, device=x.device)
+            return bits16.random_(-(2**15), 2**15, generator=generator) >= self.threshold
         parts = []
-        for n, seed in zip(self.seeds.lengths, self.seeds.seeds, strict=True):
-            generator.manual_seed((seed + self.layer * 0x9E3779B97F4A7C15) % 2**63)
-            bits = torch.empty(-(-n * features // 4), dtype=torch.int64, device=x.device)
+        for n, seed in zip(self.lengths, self.seeds, strict=True):
+            generator.manual_seed(_layer_seed(seed, layer))
+            bits = torch.empty(-(-n * features // 4), dtype=torch.int64)
             parts.append(bits.random_(-(2**63), None, generator=generator).view(torch.int16)[: n * features])
-        keep = torch.cat(parts).view(x.shape) >= self.threshold
-        if x.is_cuda:  # one byte a value to remember
-            return x * keep * (1 / (1 - self.p))
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))  # one pass less
+        return torch.cat(parts).view(x.shape) >= self.threshold
 
 
-def use_document_dropout(model: torch.nn.Module, p: float) -> DropoutSeeds:
-    """Put DocumentDropout in the place of every LoRA dropout of a PEFT model; returns its seeds."""
-    seeds = DropoutSeeds()
-    if p > 0:
-        layers = [m for _, m in sorted(model.named_modules()) if hasattr(m, "lora_dropout")]
-        for i, layer in enumerate(layers):
-            for name in layer.lora_dropout:
-                layer.lora_dropout[name] = DocumentDropout(p, i, seeds)
-    return seeds
+def document_seeds(seed: int, step: int, positions: Sequence[int]) -> list[int]:
+    """Seeds of the documents at `positions` of the global batch of `step`."""
+    return [seed_of(seed, "dropout", step, position) for position in positions]
 
 
-def document_seeds(seed: int, step: int, places: Sequence[int]) -> list[int]:
-    """Seeds of the documents at `places` of the global batch of `step`."""
-    return [seed_of(seed, "dropout", step, place) for place in places]
+def _layer_seed(seed: int, layer: int) -> int:
+    return (seed + layer * 0x9E3779B97F4A7C15) % 2**63

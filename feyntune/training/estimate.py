@@ -15,8 +15,8 @@ from feyntune.training.config import TrainConfig
 from feyntune.training.memory import LLAMA_8B, Shape, plan
 from feyntune.variants import load_variants
 
-PADDED = 2.06  # tokens computed for one that counts, in random batches of 16 real hep-th abstracts
-EVALUATING = 0.43  # share of the published run's compute
+PADDING_OVERHEAD = 2.06  # tokens computed for one that counts, in random batches of 16 real hep-th abstracts
+PUBLISHED_EVAL_SHARE = 0.43  # share of the published run's compute
 TOKENS_PER_PAPER = 185.0  # hep-th abstracts with BOS and EOS under a 4,096-token BPE; Llama 3's was not tried
 
 
@@ -83,7 +83,9 @@ def plan_variants(
     rows = []
     for variant, count in papers.items():
         method = variant.rpartition("/")[2]
-        fit = plan(shape, method, config, device.memory)
+        # A long batch (99th percentile) has 1.33 times the mean tokens.
+        largest = round(1.33 * tokens_per_paper * config.global_batch_size / devices)
+        fit = plan(shape, method, config, device.memory, largest)
         per_epoch = -(-count // config.global_batch_size)
         steps = config.max_steps or config.epochs * per_epoch
         tokens = steps / per_epoch * count * tokens_per_paper
@@ -92,7 +94,7 @@ def plan_variants(
         # The same device at the same share of its peak, so that the recipes are compared and nothing else.
         plain = tokens_per_second or device.flops * utilisation / flops_per_token(shape, 0)
         recomputing = flops_per_token(shape, shape.layers) / flops_per_token(shape, 0)
-        published = tokens * PADDED * recomputing / plain / (1 - EVALUATING) / 3600
+        published = tokens * PADDING_OVERHEAD * recomputing / plain / (1 - PUBLISHED_EVAL_SHARE) / 3600
         money = lambda spent: None if price is None else round(spent * price, 2)
         rows.append(
             Row(

@@ -5,35 +5,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-WORDS = 1024  # of the vocabulary at once, on a CPU: their weights stay in its cache from one product to the next
+CPU_VOCAB_CHUNK = 1024  # vocabulary entries at once on a CPU: their weights stay in its cache between two products
 
 
 def frozen_head_loss(
-    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, words: int = WORDS
+    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, vocab_chunk_size: int = CPU_VOCAB_CHUNK
 ) -> torch.Tensor:
     """Sum of the cross-entropy of `head(hidden)` against `labels`, in nats, in fp32.
 
-    The head does not learn, so the one gradient wanted is that of the hidden states: softmax times the weight, minus
-    the label's own row of it. Both the softmax's sum and that product are gathered in one walk through the
-    vocabulary, some words at a time, in the way FlashAttention walks through keys: a running maximum, and what was
-    gathered so far rescaled when it rises (arXiv 2205.14135 §3.1). So the weight is read once, the logits are never
-    needed again, and memory is tokens x words x 4 bytes instead of 3 x tokens x vocabulary x 4.
+    The head is frozen, so only the hidden states need a gradient: softmax times the weight, minus the label's row of
+    it. The softmax's sum and that product are accumulated in one pass over the vocabulary in chunks, as FlashAttention
+    passes over keys: with a running maximum, and the sums rescaled when it rises (arXiv 2205.14135, section 3.1). The
+    weight is read once, no logits are kept, and memory is 4 bytes x tokens x vocab_chunk_size instead of
+    3 x 4 bytes x tokens x vocabulary.
 
     Args:
         hidden: [tokens, hidden].
         labels: [tokens], all real: leave out the tokens that predict nothing.
-        words: of the vocabulary whose logits exist at once.
+        vocab_chunk_size: vocabulary entries whose logits exist at once.
 
     Raises:
-        ValueError: the head learns (it would get no gradient), or is not a plain linear layer.
+        ValueError: the head is trainable (it would get no gradient), or is not a plain linear layer.
     """
     if not isinstance(head, torch.nn.Linear) or hasattr(head, "base_layer"):
         raise ValueError("frozen_head_loss needs a plain linear output head")
     if any(p.requires_grad for p in head.parameters()):
         raise ValueError("frozen_head_loss gives the output head no gradient: freeze it, or use cross_entropy")
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, words)
-    return _walk(hidden.detach(), head.weight, head.bias, labels, words, None)
+        return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, vocab_chunk_size)
+    return _accumulate(hidden.detach(), head.weight, head.bias, labels, vocab_chunk_size, None)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -44,25 +44,26 @@ class _FrozenHeadLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        words: int,
+        vocab_chunk_size: int,
     ) -> torch.Tensor:
         gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        total = _walk(hidden, weight, bias, labels, words, gradient)
+        total = _accumulate(hidden, weight, bias, labels, vocab_chunk_size, gradient)
         ctx.save_for_backward(gradient.to(hidden.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None, None
+        # In fp32: a scale such as 1 / tokens rounded to bf16 would be off by up to 0.4 %.
+        return (gradient.float() * outputs[0]).to(gradient.dtype), None, None, None, None
 
 
-def _walk(
+def _accumulate(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    words: int,
+    vocab_chunk_size: int,
     gradient: torch.Tensor | None,
 ) -> torch.Tensor:
     """The summed loss; `gradient` ([tokens, hidden], fp32 zeros), if given, becomes the hidden states'.
@@ -71,11 +72,11 @@ def _walk(
     """
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, label = hidden.to(weight.dtype), labels[:, None]
-        column = lambda value: torch.full(label.shape, value, dtype=torch.float32, device=hidden.device)
-        top, total, own = column(float("-inf")), column(0.0), column(0.0)
-        for first in range(0, len(weight), words):
-            part = weight[first : first + words]
-            logits = F.linear(hidden, part, None if bias is None else bias[first : first + words]).float()
+        top = torch.full(label.shape, float("-inf"), dtype=torch.float32, device=hidden.device)
+        total, own = torch.zeros_like(top), torch.zeros_like(top)
+        for first in range(0, len(weight), vocab_chunk_size):
+            part = weight[first : first + vocab_chunk_size]
+            logits = F.linear(hidden, part, None if bias is None else bias[first : first + vocab_chunk_size]).float()
             place = label - first
             inside = (place >= 0) & (place < len(part))
             own = torch.where(inside, logits.gather(1, place.clamp(0, len(part) - 1)), own)

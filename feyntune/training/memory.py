@@ -1,7 +1,7 @@
-"""How much memory a training step takes, and how many layers must recompute so that it fits.
+"""How much memory a training step takes, and how many layers must recompute their activations so that it fits.
 
-The figures count what autograd keeps of a Llama layer under LoRA, where frozen weights need no input kept.
-They were worked out by hand and not yet checked against a GPU; README says so.
+The figures count what autograd keeps of a Llama layer under LoRA, where frozen weights need no input kept. A test
+compares them with what autograd keeps on a CPU; they have not been checked against a GPU's peak.
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ import torch
 from feyntune.errors import UserError
 from feyntune.training.config import TARGETS, TrainConfig
 
-GPU_WORDS = 8192  # of the vocabulary at once in the loss
-GPU_TOKENS = 8192  # at once: more than any batch of 16 abstracts holds
+GPU_VOCAB_CHUNK = 8192  # vocabulary entries at once in the loss
+GPU_TOKENS = 8192  # of a micro-batch: more than any batch of 16 abstracts has
 CPU_TOKENS = 1024  # a working set that fits a CPU's caches is faster than a larger one
-LEAST_TOKENS = 1024
-_RESERVED = 2e9  # bytes: the driver's context, kernels' workspace
-_FRAGMENTS = 0.08  # share of a device that the allocator cannot use
+MIN_TOKENS = 1024
+_RESERVED_BYTES = 2e9  # bytes: the driver's context, kernels' workspace
+_FRAGMENTATION = 0.08  # share of a device that the allocator cannot use
 
 # Bytes of a weight: NF4 has 4 bits, a scale of 8 bits to 64 weights, and one of 32 bits to 256 scales
 # (arXiv 2305.14314 §3).
-_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "bf16": 2.0, "fp32": 4.0}
+_WEIGHT_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "bf16": 2.0, "fp32": 4.0}
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,25 @@ LLAMA_8B = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How micro-batches are computed, and the bytes a device needs for it."""
+    """How micro-batches are computed on a device.
 
-    layers: int  # that recompute
-    tokens: int  # at once
+    Attributes:
+        micro_batch_tokens: most tokens of a micro-batch.
+        layers: layers that recompute in the largest micro-batch.
+        bytes: what the device needs for the largest micro-batch; 0 on a CPU, which is not planned.
+        capacity: the most tokens that fit while 0, 1, 2, … layers recompute; empty where `layers` always recompute.
+    """
+
+    micro_batch_tokens: int
+    layers: int
     bytes: float = 0.0
+    capacity: tuple[float, ...] = ()
+
+    def layers_for(self, tokens: int) -> int:
+        """How many layers recompute in a micro-batch of `tokens` tokens: as few as fit."""
+        if not self.capacity:
+            return self.layers
+        return next((layers for layers, most in enumerate(self.capacity) if tokens <= most), len(self.capacity) - 1)
 
 
 def adapter_parameters(shape: Shape, method: str, rank: int) -> int:
@@ -99,25 +113,29 @@ def adapter_parameters(shape: Shape, method: str, rank: int) -> int:
 
 
 def base_bytes(shape: Shape, precision: str) -> float:
-    """The frozen base on a device; under NF4 only the linear layers are quantised, the rest stays in bf16."""
+    """The frozen base on a device; under NF4 only the linear layers are quantized, the rest stays in bf16."""
     rest = shape.parameters - shape.linear
-    return shape.linear * _WEIGHT[precision] + rest * (_WEIGHT["bf16"] if precision == "nf4" else _WEIGHT[precision])
+    return shape.linear * _WEIGHT_BYTES[precision] + rest * (
+        _WEIGHT_BYTES["bf16"] if precision == "nf4" else _WEIGHT_BYTES[precision]
+    )
 
 
 def layer_bytes(shape: Shape, method: str, dropout: float, precision: str) -> float:
     """What one decoder layer keeps for each token until its backward pass.
 
-    Norms keep an fp32 copy, their scaled value and their output; attention its three inputs and its output; the MLP
-    gate, its SiLU, up and their product; the residual stream two values. With dropout every adapted layer keeps a
-    dropped copy of its input and a mask of one byte a value, where without it the layers share their inputs.
+    Norms keep their input (two, of the residual stream) and 1/rms; attention its three inputs, its output and a
+    log-sum-exp for each head; the MLP gate, up and SiLU(gate). An adapted layer keeps its input, which q, k and v
+    share, as gate and up do, and with dropout a mask of one byte a value; also rank values, which are not counted.
     """
     h, i, kv = shape.hidden, shape.intermediate, shape.kv
     value = 4 if precision == "fp32" else 2
-    kept = 2 * (4 + 2 * value) * h + (2 * h + 2 * kv) * value + 4 * i * value + 2 * h * value
-    if dropout > 0:
-        adapted = [shape.projections[name][0] for name in TARGETS[method]]
-        kept += (value + 1) * sum(adapted)
-    return kept
+    targets = TARGETS[method]
+    values = 2 * h + (2 * h + 2 * kv) + 3 * i
+    values += h if {"q_proj", "k_proj", "v_proj"} & set(targets) else 0  # the first norm's output
+    values += h if {"gate_proj", "up_proj"} & set(targets) else 0  # the second norm's
+    values += i if "down_proj" in targets else 0  # SiLU(gate) x up; o_proj's input is attention's output
+    masks = sum(shape.projections[name][0] for name in targets) if dropout > 0 else 0
+    return values * value + masks + 4 * (2 + shape.heads)
 
 
 def step_bytes(shape: Shape, method: str, config: TrainConfig, tokens: int, layers: int) -> float:
@@ -125,47 +143,53 @@ def step_bytes(shape: Shape, method: str, config: TrainConfig, tokens: int, laye
     value = 4 if config.precision == "fp32" else 2
     one = layer_bytes(shape, method, config.lora_dropout, config.precision) * tokens
     activations = (shape.layers - layers) * one + layers * shape.hidden * value * tokens + (one if layers else 0)
-    dequantised = max(a * b for a, b in shape.projections.values()) * 2 if config.precision == "nf4" else 0
-    logits = tokens * (config.vocab_chunk_size or GPU_WORDS) * (4 + value) + tokens * shape.hidden * (4 + value)
-    learned = adapter_parameters(shape, method, config.lora_rank) * 4 * 4  # weights, gradient, two moments in fp32
-    return base_bytes(shape, config.precision) + learned + activations + dequantised + logits + _RESERVED
+    activations += 4 * tokens * shape.intermediate * value  # of the backward pass itself
+    dequantized = max(a * b for a, b in shape.projections.values()) * 2 if config.precision == "nf4" else 0
+    chunk = config.vocab_chunk_size or GPU_VOCAB_CHUNK
+    logits = tokens * chunk * (4 + value) + tokens * shape.hidden * (4 + 3 * value)
+    trainable = adapter_parameters(shape, method, config.lora_rank) * 4 * 4  # weights, gradient, two moments in fp32
+    return base_bytes(shape, config.precision) + trainable + activations + dequantized + logits + _RESERVED_BYTES
 
 
-def plan(shape: Shape, method: str, config: TrainConfig, memory: float) -> MemoryPlan:
-    """The fewest recomputing layers with which a step fits into `memory` bytes; fewer tokens at once if none does.
+def plan(shape: Shape, method: str, config: TrainConfig, memory: float, largest: int | None = None) -> MemoryPlan:
+    """How to compute micro-batches in `memory` bytes with as few recomputing layers as fit.
+
+    Args:
+        largest: tokens of the largest micro-batch that will come; without it, the most that are allowed.
 
     Raises:
         UserError: not even 1,024 tokens with every layer recomputing fit.
     """
-    usable = memory * (1 - _FRAGMENTS)
-    tokens = config.micro_batch_tokens or GPU_TOKENS
-    given = (
-        None
-        if config.activation_checkpointing_layers == "auto"
-        else min(config.activation_checkpointing_layers, shape.layers)
-    )
-    while True:
-        for layers in range(shape.layers + 1) if given is None else (given,):
-            needed = step_bytes(shape, method, config, tokens, layers)
-            if needed <= usable:
-                return MemoryPlan(layers, tokens, needed)
-        if config.micro_batch_tokens or tokens // 2 < LEAST_TOKENS:
-            break
-        tokens //= 2
-    raise UserError(
-        f"A step needs {needed / 1e9:.1f} GB of the device's {memory / 1e9:.1f} ({tokens} tokens at once, {layers} of "
-        f"{shape.layers} layers recomputing): set precision to nf4, lower micro_batch_tokens, or take a larger device."
-    )
+    usable = memory * (1 - _FRAGMENTATION)
+    fixed = config.activation_checkpointing_layers
+    counts = range(shape.layers + 1) if fixed == "auto" else (min(fixed, shape.layers),)
+    capacity = []
+    for layers in counts:
+        nothing = step_bytes(shape, method, config, 0, layers)
+        capacity.append((usable - nothing) / (step_bytes(shape, method, config, 1, layers) - nothing))
+    budget = config.micro_batch_tokens or GPU_TOKENS
+    tokens = budget if largest is None else min(budget, largest)
+    fits = int(max(capacity))
+    if fits < tokens:
+        if config.micro_batch_tokens or fits < min(MIN_TOKENS, tokens):
+            needed = step_bytes(shape, method, config, tokens, counts[-1])
+            raise UserError(
+                f"A step needs {needed / 1e9:.1f} GB of the device's {memory / 1e9:.1f} ({tokens} tokens at once, "
+                f"{counts[-1]} of {shape.layers} layers recomputing): set precision to nf4, lower micro_batch_tokens, "
+                "or take a larger device."
+            )
+        budget = tokens = fits
+    layers = next(n for n, most in zip(counts, capacity, strict=True) if tokens <= most)
+    needed = step_bytes(shape, method, config, tokens, layers)
+    return MemoryPlan(budget, layers, needed, tuple(capacity) if fixed == "auto" else ())
 
 
-def plan_memory(model: torch.nn.Module, method: str, config: TrainConfig, device: torch.device) -> MemoryPlan:
-    """The plan for a loaded model on its device. On a CPU nothing recomputes unless it is asked for."""
+def plan_memory(
+    model: torch.nn.Module, method: str, config: TrainConfig, device: torch.device, largest: int | None = None
+) -> MemoryPlan:
+    """The plan for a loaded model on its device. On a CPU layers recompute only if the config says so."""
     shape = Shape.of(model.config.get_text_config().to_dict())  # type: ignore[union-attr,operator]
     if device.type == "cuda":
-        return plan(shape, method, config, float(torch.cuda.get_device_properties(device).total_memory))
-    layers = (
-        0
-        if config.activation_checkpointing_layers == "auto"
-        else min(config.activation_checkpointing_layers, shape.layers)
-    )
-    return MemoryPlan(layers, config.micro_batch_tokens or CPU_TOKENS)
+        return plan(shape, method, config, float(torch.cuda.get_device_properties(device).total_memory), largest)
+    fixed = config.activation_checkpointing_layers
+    return MemoryPlan(config.micro_batch_tokens or CPU_TOKENS, 0 if fixed == "auto" else min(fixed, shape.layers))

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a running training. Trouble with them is logged and never fails the run.
+"""Prometheus metrics of a running training. An error in them is logged and never fails the run.
 
 FEYNTUNE_METRICS_PORT: the port on which the first process serves /metrics; none is served without it.
 FEYNTUNE_PUSHGATEWAY: an address that gets the end-of-run stats once, since a finished pod cannot be scraped.
@@ -24,7 +24,7 @@ _LIVE = {
     "tokens_per_second": "Tokens trained on a second of stepping",
     "validation_perplexity": "Perplexity a token of the validation papers",
     "gpu_memory_bytes": "GPU memory allocated now",
-    "checkpoint_age_seconds": "Age of the newest checkpoint known to be whole",
+    "checkpoint_age_seconds": "Age of the newest checkpoint known to be undamaged",
 }
 _FINAL = ("seconds", "train_tokens", "tokens_per_second", "peak_memory_bytes", "steps", "interruptions")
 
@@ -44,16 +44,18 @@ class Metrics:
         if enabled and port:
             self._try(lambda: self._serve(int(port)), f"metrics are not served on port {port}")
 
-    def stepped(self, step: int, total: int, loss: float, rate: float, tokens: int, seconds: float, saver: Any) -> None:
-        """Called after every step. `saver` is the training's Checkpoints, or None."""
+    def stepped(
+        self, step: int, total: int, loss: float, rate: float, tokens: int, seconds: float, checkpointer: Any
+    ) -> None:
+        """Called after every step. `checkpointer` is the training's Checkpointer, or None."""
         if not self.enabled:
             return
         values = {"step": step, "steps": total, "loss": loss, "learning_rate": rate, "tokens": tokens}
         values["tokens_per_second"] = tokens / max(seconds, 1e-9)
         if torch.cuda.is_available():
             values["gpu_memory_bytes"] = torch.cuda.memory_allocated()
-        if saver is not None and saver.saved_at is not None:
-            values["checkpoint_age_seconds"] = time.monotonic() - saver.saved_at
+        if checkpointer is not None and checkpointer.saved_at is not None:
+            values["checkpoint_age_seconds"] = time.monotonic() - checkpointer.saved_at
         for name, value in values.items():
             self.gauges[name].set(value)
 
@@ -83,8 +85,8 @@ class Metrics:
             Gauge(f"feyntune_train_final_{name}", f"At the end: {name}", registry=registry).set(stats[name])
         push_to_gateway(gateway, "feyntune-train", registry, {"variant": self.variant}, timeout=10)
 
-    def _try(self, action: Callable[[], None], trouble: str) -> None:
+    def _try(self, action: Callable[[], None], message: str) -> None:
         try:
             action()
-        except Exception as e:  # whatever a metrics system does, the training goes on
-            log.warning("%s: %s", trouble, e)
+        except Exception as e:  # training continues, whatever a metrics system does
+            log.warning("%s: %s", message, e)

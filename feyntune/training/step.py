@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from feyntune.artifacts.artifact import is_artifact, read_manifest
-from feyntune.artifacts.cache import code_digest, failure_as_data, place
+from feyntune.artifacts.cache import capture_failure
 from feyntune.artifacts.store import open_store
 from feyntune.errors import EXIT_INTERRUPTED, Interrupted
+from feyntune.keys import last_attempt, variant_keys
 from feyntune.telemetry import setup
 from feyntune.training.launch import launch
+
+RETRIES = 5  # as the pipeline sets them
 
 
 def train_branch(
@@ -29,9 +32,9 @@ def train_branch(
     setup()
     mixture, _, method = variant.rpartition("/")
     config = {**recipe.get("train", {}), "devices": devices}
-    branch = place(read_manifest(data).digest, base, recipe, code_digest(), variant)
+    training, branch = variant_keys(read_manifest(data).digest, base, recipe, variant)
     try:
-        with failure_as_data(open_store(store), branch, "train", variant, out):
+        with capture_failure(open_store(store), branch, "train", variant, out, last_attempt(RETRIES)):
             launch(
                 data=data,
                 mixture=mixture,
@@ -39,7 +42,7 @@ def train_branch(
                 base=base,
                 out=out,
                 config=config,
-                checkpoints=f"{store.rstrip('/')}/{branch}",
+                checkpoints=f"{store.rstrip('/')}/{training}",
             )
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)

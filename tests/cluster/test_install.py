@@ -182,7 +182,7 @@ def test_a_run_goes_through_pods_of_our_images_though_its_training_is_killed(sto
             return
 
         def watch() -> None:
-            while not [n for n in store.names("branches/") if "/step-" in n and n.endswith("manifest.json")]:
+            while not [n for n in store.names("training/") if "/step-" in n and n.endswith("manifest.json")]:
                 time.sleep(0.2)
             killed.append(pod)
             client.CoreV1Api().delete_namespaced_pod(pod, NAMESPACE, grace_period_seconds=30)

@@ -85,6 +85,6 @@ def compared(tmp_path_factory, evaluations, adapters, tiny_split, failure):
         out,
         failures=[failure],
         config=QUICK,
-        adapter_uris={QKV: "branches/x/adapter"},
+        adapter_uris={QKV: "training/x/adapter"},
     )
     return out

@@ -53,7 +53,7 @@ def test_the_summary_says_what_was_measured_on_what(compared, adapters, tiny_bas
     variant = summary["variants"][QKV]
     assert variant["adapter_sha256"] == read_manifest(adapters[QKV]).files["adapter_model.safetensors"].sha256
     assert (variant["train_tokens"], variant["seconds"], variant["promoted"]) == (800, 2.5, None)
-    assert variant["adapter"] == "branches/x/adapter"
+    assert variant["adapter"] == "training/x/adapter"
     assert summary["failures"] == [{"variant": "hep-th/lora-all", "step": "train", "error": "out of <memory>"}]
 
 
@@ -139,7 +139,7 @@ def test_a_missing_base_a_repeated_variant_and_a_missing_adapter_are_refused(
 def test_the_same_comparison_again_is_found_and_another_is_not_overwritten(
     compared, evaluations, adapters, tiny_split, failure
 ):
-    again = {"failures": [failure], "config": QUICK, "adapter_uris": {QKV: "branches/x/adapter"}}
+    again = {"failures": [failure], "config": QUICK, "adapter_uris": {QKV: "training/x/adapter"}}
     assert compare(evaluations, adapters, tiny_split, compared, **again).digest == read_manifest(compared).digest
     with pytest.raises(UserError, match="comparison of something else"):
         compare(evaluations, adapters, tiny_split, compared, config=QUICK)

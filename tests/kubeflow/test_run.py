@@ -81,6 +81,22 @@ def test_a_second_run_reuses_what_is_finished(finished: tuple[Path, str], papers
     assert again["failures"] == []
 
 
+def test_other_evaluation_settings_score_the_same_adapter_again_and_another_learning_rate_trains(
+    finished: tuple[Path, str], papers: Path, tiny_base: Path
+) -> None:
+    workdir, _ = finished
+    first = _summary(workdir)["variants"][GOOD]
+    shorter = {**RECIPE, "evaluate": {**RECIPE["evaluate"], "completions": {**FEW, "max_new_tokens": 8}}}
+    folder = local.run(f"kaggle:{papers}", [GOOD], workdir, base=str(tiny_base), recipe=shorter)
+    log = (folder / "run.log").read_text()
+    assert f"{GOOD} is trained already" in log
+    assert f"{GOOD}: finished earlier" not in log
+    assert _summary(workdir)["variants"][GOOD]["adapter_sha256"] == first["adapter_sha256"]
+    slower = {**RECIPE, "train": {**RECIPE["train"], "learning_rate": 1e-3}}
+    local.run(f"kaggle:{papers}", [GOOD], workdir, base=str(tiny_base), recipe=slower)
+    assert _summary(workdir)["variants"][GOOD]["adapter_sha256"] != first["adapter_sha256"]
+
+
 def test_a_run_killed_anywhere_ends_with_the_same_digests(
     finished: tuple[Path, str], papers: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

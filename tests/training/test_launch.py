@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -24,67 +25,107 @@ def place(tiny_split, tiny_base, tmp_path):
 
 @pytest.fixture
 def child(monkeypatch):
-    """Replaces the training process by a short script, which is given the folder of outcomes."""
+    """Replaces the training processes by short scripts, one a rank, which are given the folder of outcomes."""
 
-    def use(script):
+    def use(*scripts):
         def start(job, devices):
             folder = json.loads(job.read_text())["outcomes"]
-            code = f"import os, signal, sys, time, json; folder = {str(folder)!r}\n" + script
-            return subprocess.Popen([sys.executable, "-c", code])
+            code = f"import os, signal, sys, time, json; folder = {str(folder)!r}\n"
+            return [
+                subprocess.Popen([sys.executable, "-c", code + script], start_new_session=True) for script in scripts
+            ]
 
-        monkeypatch.setattr(launching, "_child", start)
+        monkeypatch.setattr(launching, "_start", start)
 
     return use
 
 
-LEAVE = "open(folder + '/rank-0.json', 'w').write(json.dumps({'kind': %r, 'message': %r})); sys.exit(%d)"
+def leave(kind, message, code, rank=0):
+    outcome = f"{{'kind': {kind!r}, 'message': {message!r}, 'time': time.time()}}"
+    return f"open(folder + '/rank-{rank}.json', 'w').write(json.dumps({outcome})); os._exit({code})\n"
 
 
 def test_the_processes_outcome_becomes_the_error(place, child):
-    child(LEAVE % ("input", "lower it", EXIT_BAD_INPUT))
+    child(leave("input", "lower it", EXIT_BAD_INPUT))
     with pytest.raises(UserError, match="lower it"):
         launch(**place)
-    child(LEAVE % ("interrupted", "step 3 is saved", EXIT_INTERRUPTED))
+    child(leave("interrupted", "step 3 is saved", EXIT_INTERRUPTED))
     with pytest.raises(Interrupted, match="step 3 is saved"):
         launch(**place)
-    child(LEAVE % ("fault", "Traceback: KeyError", 1))
+    child(leave("fault", "Traceback: KeyError", 1))
     with pytest.raises(TrainingFailed, match="KeyError"):
         launch(**place)
 
 
 def test_a_killed_process_is_reported_in_one_sentence(place, child):
     child("os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(TrainingFailed, match=r"killed .SIGKILL., as a machine does that runs out of memory"):
+    with pytest.raises(
+        TrainingFailed, match=r"killed .SIGKILL., which usually means that the machine ran out of memory"
+    ):
         launch(**place)
     child("sys.exit(9)")
     with pytest.raises(TrainingFailed, match="exit code 9"):
         launch(**place)
 
 
-def test_sigterm_is_passed_on_and_waited_for(place, child, tmp_path):
-    ready = tmp_path / "ready"
-    stop = "def stop(*_):\n    " + LEAVE % ("interrupted", "saved", EXIT_INTERRUPTED) + "\n"
-    child(stop + f"signal.signal(signal.SIGTERM, stop); open({str(ready)!r}, 'w'); time.sleep(60)")
+@pytest.mark.parametrize("signals", [1, 3, 5])
+def test_any_number_of_signals_asks_every_process_once_and_waits_for_the_save(place, child, tmp_path, signals):
+    ready = [tmp_path / f"ready-{rank}" for rank in (0, 1)]
+    scripts = []
+    for rank in (0, 1):
+        stop = "count = []\ndef stop(*_):\n    count.append(1)\nsignal.signal(signal.SIGTERM, stop)\n"
+        stop += f"open({str(ready[rank])!r}, 'w')\nwhile not count: time.sleep(0.01)\n"
+        stop += "time.sleep(1)\n" if rank == 0 else ""  # rank 0 saves
+        stop += "message = f'saved after {len(count)} signal'\n"
+        scripts.append(stop + leave("interrupted", "MESSAGE", EXIT_INTERRUPTED, rank).replace("'MESSAGE'", "message"))
+    child(*scripts)
 
     def send():
-        while not ready.exists():
-            threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while not all(path.exists() for path in ready):
+            time.sleep(0.01)
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.15)
 
-    threading.Thread(target=send).start()
-    with pytest.raises(Interrupted, match="saved"):
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(Interrupted, match="saved after 1 signal"):
         launch(**place)
+    sender.join()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_the_first_rank_to_fail_is_the_one_reported(tmp_path):
-    for rank, message in ((0, "connection closed"), (1, "the cause")):
-        (tmp_path / f"rank-{rank}.json").write_text(json.dumps({"kind": "fault", "message": message}))
-    (tmp_path / "agent.json").write_text(json.dumps({"rank": 1, "code": 1}))
-    assert "the cause" in str(launching._ending(tmp_path, 1, False, "v"))
-    (tmp_path / "rank-1.json").unlink()
-    (tmp_path / "agent.json").write_text(json.dumps({"rank": 1, "code": -9}))
-    assert "process 1 was killed" in str(launching._ending(tmp_path, 1, False, "v"))
+def test_the_first_rank_to_fail_is_the_one_reported_and_the_others_are_ended(place, child):
+    cause = leave("fault", "the cause", 1, rank=1)
+    child("time.sleep(0.3)\n" + leave("fault", "connection closed", 1), cause)
+    with pytest.raises(TrainingFailed, match="the cause"):
+        launch(**place)
+    child("time.sleep(0.5)\n" + leave("fault", "connection closed", 1), "os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(TrainingFailed, match="process 1 was killed"):
+        launch(**place)
+
+
+def test_a_process_that_hangs_after_another_failed_does_not_hide_the_cause(place, child, monkeypatch):
+    monkeypatch.setattr(launching, "_AFTER_FAULT", 0.3)
+    child(leave("fault", "the disk is broken", 1), "time.sleep(600)")
+    with pytest.raises(TrainingFailed, match="the disk is broken"):
+        launch(**place)
+
+
+def test_a_fault_after_a_new_checkpoint_starts_the_training_once_more(place, child, tmp_path):
+    store = tmp_path / "store"
+    runs = tmp_path / "runs"
+    save = f"import pathlib; runs = pathlib.Path({str(runs)!r}); runs.open('a').write('x'); n = len(runs.read_text())\n"
+    save += f"folder2 = pathlib.Path({str(store)!r}) / 'checkpoints/abc' / f'step-0000000{{n}}-abcdef'\n"
+    save += "folder2.mkdir(parents=True); (folder2 / 'manifest.json').write_text('{}')\n"
+    child(save + leave("fault", "NCCL abort", 1))
+    with pytest.raises(TrainingFailed, match="NCCL abort"):
+        launch(**place, checkpoints=str(store))
+    assert runs.read_text() == "xx"
+    child(f"open({str(runs)!r}, 'a').write('y')\n" + leave("fault", "NCCL abort", 1))
+    with pytest.raises(TrainingFailed, match="NCCL abort"):
+        launch(**place, checkpoints=str(store))
+    assert runs.read_text() == "xxy"  # no new checkpoint: no second start
 
 
 def test_an_adapter_that_is_there_is_found_in_place_or_in_the_store(place, child, job, tmp_path):

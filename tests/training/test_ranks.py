@@ -11,14 +11,14 @@ from tests.training.processes import curve, run_training
 @pytest.fixture
 def masters(monkeypatch):
     """Leaves the fp32 weights beside each adapter; the adapter's own are rounded to 16 bits."""
-    real = recipe._write_adapter
+    real = recipe.write_adapter
 
     def write(model, base, folder):
         weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         save_file(weights, folder / "masters.safetensors")
         real(model, base, folder)
 
-    monkeypatch.setattr(recipe, "_write_adapter", write)
+    monkeypatch.setattr(recipe, "write_adapter", write)
     return lambda made: load_file(made["out"] / "masters.safetensors")
 
 

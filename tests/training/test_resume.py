@@ -56,7 +56,7 @@ def test_sigterm_saves_and_the_same_call_goes_on_to_the_same_bytes(job, store, m
 
 
 def test_a_signal_during_validation_is_obeyed_too(job, store, monkeypatch):
-    real, calls = recipe._validate, []
+    real, calls = recipe.validate, []
 
     def validate(*args):
         calls.append(1)
@@ -64,7 +64,7 @@ def test_a_signal_during_validation_is_obeyed_too(job, store, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(recipe, "_validate", validate)
+    monkeypatch.setattr(recipe, "validate", validate)
     made = job(out="parts", checkpoints=store)
     with pytest.raises(Interrupted, match="step 3 is saved"):
         recipe.train(**made)
@@ -73,7 +73,7 @@ def test_a_signal_during_validation_is_obeyed_too(job, store, monkeypatch):
     assert digest(made) == digest(job(out="whole"))
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(job, store, monkeypatch, caplog):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(job, store, monkeypatch, caplog):
     recipe.train(**job(out="whole"))
     stop_at(monkeypatch, 1, 4)
     made = job(out="parts", checkpoints=store)
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(job, store, m
     monkeypatch.setattr(saving.log, "propagate", True)
     recipe.train(**made)
     assert "step-00000005" in caplog.text
-    assert "passed over" in caplog.text
+    assert "is skipped" in caplog.text
     assert digest(made) == digest(job(out="whole"))
 
 
@@ -115,8 +115,8 @@ class Trouble(FolderStore):
 
 def one_save_at_a_time(monkeypatch):
     """A step waits for the save before it, however slow the machine."""
-    save = saving.Checkpoints.save
-    monkeypatch.setattr(saving.Checkpoints, "save", lambda self, s: (save(self, s), self.wait(60))[0])
+    save = saving.Checkpointer.save
+    monkeypatch.setattr(saving.Checkpointer, "save", lambda self, s: (save(self, s), self.wait(60))[0])
 
 
 def test_a_store_in_trouble_delays_the_run_and_loses_nothing(job, store, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_store_in_trouble_delays_the_run_and_loses_nothing(job, store, monkeyp
 
 
 def test_checkpoints_are_kept_by_policy_and_never_overwritten(job, store, monkeypatch):
-    monkeypatch.setattr(saving.Checkpoints, "clear", lambda self: None)
+    monkeypatch.setattr(saving.Checkpointer, "clear", lambda self: None)
     real, names = saving.push, []
 
     def push(store, folder, name):

@@ -3,7 +3,7 @@ import torch
 
 from feyntune.artifacts.artifact import open_artifact
 from feyntune.errors import UserError
-from feyntune.model.load import check_fit, encode, load_base, load_tokenizer
+from feyntune.model.load import check_vocab_size, encode, load_base, load_tokenizer
 from feyntune.training.tiny_base import BOS, EOS, PAD, make_tiny_base
 from tests.conftest import texts
 
@@ -13,7 +13,7 @@ MINI = {"vocab": 300, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "con
 def test_the_base_is_sealed_and_loads_with_its_tokenizer(tiny_base):
     assert open_artifact(tiny_base, "base").stats["loss"] < 4.5  # an untrained one has log(512) = 6.2
     tokenizer, model = load_tokenizer(tiny_base), load_base(tiny_base, "fp32", "cpu")
-    check_fit(model, tokenizer, tiny_base)
+    check_vocab_size(model, tokenizer, tiny_base)
     assert len({tokenizer.convert_tokens_to_ids(t) for t in (BOS, EOS, PAD)}) == 3
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, PAD)
 

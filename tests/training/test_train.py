@@ -114,16 +114,16 @@ def test_a_text_longer_than_the_context_is_split_and_counted(job):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_step_papers_and_checkpoint(job, tmp_path, monkeypatch):
-    from feyntune.training import train as recipe
+    from feyntune.training.runner import MicroBatchRunner
 
-    real, calls = recipe._Compute.loss, []
+    real, calls = MicroBatchRunner.loss, []
 
     def poisoned(self, packed):
         calls.append(1)
         loss = real(self, packed)
         return loss * float("nan") if self.model.training and len(calls) > 12 else loss
 
-    monkeypatch.setattr(recipe._Compute, "loss", poisoned)
+    monkeypatch.setattr(MicroBatchRunner, "loss", poisoned)
     with pytest.raises(UserError, match=r"diverged at step \d+: loss nan.*hep-th/99.*checkpoint of step \d+ is kept"):
         train(**job(checkpoints=str(tmp_path / "store"), save_every_steps=1, epochs=6))
     assert not job()["out"].exists()

@@ -1,0 +1,88 @@
+"""A LoRA layer as one autograd function: y = base(x) + s * dropout(x) A^T B^T (arXiv 2106.09685, section 4.1).
+
+PEFT's forward clones the base's output, scales and adds in passes of their own, and keeps a dropped copy of every
+input. Here B's product is added into the base's output, the scale is applied to [tokens, rank] values, and only the
+input (which layers share) and a mask of one byte a value are kept. PEFT still creates, saves and loads the adapter.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from feyntune.training.dropout import DropoutMasks
+
+
+class _AddLora(torch.autograd.Function):
+    """y + scale * (x * keep) A^T B^T, written into y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        keep: torch.Tensor | None,
+    ) -> torch.Tensor:
+        a16, b16, x2 = a.to(y.dtype), b.to(y.dtype), x.to(y.dtype).flatten(0, -2)
+        dropped = x2 if keep is None else x2 * keep.flatten(0, -2)
+        hidden = (dropped @ a16.T).mul_(scale)
+        y.view(-1, y.shape[-1]).addmm_(hidden, b16.T)
+        ctx.save_for_backward(x, a, b, hidden, *(() if keep is None else (keep,)))
+        ctx.scale = scale
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        dy = outputs[0]
+        x, a, b, hidden, *mask = ctx.saved_tensors
+        dy2, x2 = dy.flatten(0, -2), x.to(dy.dtype).flatten(0, -2)
+        dhidden = (dy2 @ b.to(dy.dtype)).mul_(ctx.scale)
+        dropped = x2 * mask[0].flatten(0, -2) if mask else x2
+        da = (dhidden.T @ dropped).to(a.dtype)
+        db = (dy2.T @ hidden).to(b.dtype)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = (dhidden @ a.to(dy.dtype)).view(x.shape)
+            if mask:
+                dx.mul_(mask[0])
+            dx = dx.to(x.dtype)
+        return dy, dx, da, db, None, None
+
+
+def fuse_lora(model: PeftModel, p: float) -> DropoutMasks:
+    """Compute every LoRA layer of `model` by the function above, with dropout `p`; returns its masks."""
+    masks = DropoutMasks(p)
+    layers: list[Any] = [m for _, m in sorted(model.named_modules()) if isinstance(m, LoraLayer)]
+    for i, layer in enumerate(layers):
+        layer.forward = partial(_forward, layer, i, masks)
+    return masks
+
+
+def _forward(layer: Any, index: int, masks: DropoutMasks, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    y = layer.base_layer(x, *args, **kwargs)
+    if layer.disable_adapters:
+        return y
+    a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    keep = None
+    if layer.training and masks.p > 0:
+        keep, scale = masks.keep(x, index), scale / (1 - masks.p)
+    return _AddLora.apply(y, x, a, b, scale, keep)
+
+
+def fuse_norms(model: PeftModel) -> None:
+    """Compute every Llama RMSNorm by torch's fused kernel (on a GPU; a CPU has none)."""
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm: Any = module
+            norm.forward = partial(_rms_norm, norm)
+
+
+def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
