@@ -10,7 +10,7 @@ from feyntune.errors import UserError
 
 app = typer.Typer()
 
-Flavour = Annotated[Literal["gpu", "cpu"], typer.Option(help="With or without GPUs.")]
+Flavor = Annotated[Literal["gpu", "cpu"], typer.Option(help="cpu: steps ask for no GPUs.")]
 Host = Annotated[str, typer.Option(help="URL of Kubeflow Pipelines.")]
 Images = Annotated[str | None, typer.Option(help="Prefix of the images in your registry.")]
 Namespace = Annotated[str | None, typer.Option(help="Profile namespace (multi-user Kubeflow).")]
@@ -43,7 +43,7 @@ def upload(
     version: Annotated[str | None, typer.Option(help="Name of the version; the package's by default.")] = None,
     images: Images = None,
     namespace: Namespace = None,
-    flavour: Flavour = "gpu",
+    flavor: Flavor = "gpu",
     token_file: TokenFile = None,
     settings: ClusterSettings = None,
     as_json: Json = False,
@@ -53,7 +53,7 @@ def upload(
     from feyntune.kubeflow.submit import upload
 
     setup_logging(quiet=as_json)
-    ids = upload(host, version or __version__, images, namespace, flavour, token_file, settings)
+    ids = upload(host, version or __version__, images, namespace, flavor, token_file, settings)
     print_result(ids, as_json, "\n".join(f"feyntune-{name}: version {i}" for name, i in ids.items()))
 
 
@@ -68,7 +68,7 @@ def submit(
     changes: Changes = None,
     images: Images = None,
     namespace: Namespace = None,
-    flavour: Flavour = "gpu",
+    flavor: Flavor = "gpu",
     token_file: TokenFile = None,
     settings: ClusterSettings = None,
     as_json: Json = False,
@@ -84,7 +84,7 @@ def submit(
         if "recipe" in values:
             raise UserError("--arguments holds a recipe too: give it there or by --recipe and --set.")
         values["recipe"] = recipe_of(recipe, changes, str(values.get("base", "")), as_json)
-    run_id = submit(host, pipeline, values, images, namespace, flavour, token_file, settings)
+    run_id = submit(host, pipeline, values, images, namespace, flavor, token_file, settings)
     print_result({"run": run_id}, as_json, f"started run {run_id}")
 
 
