@@ -46,8 +46,11 @@ VERSIONED_FILES = {
     EVALUATION_VERSION: (
         "model/load.py",
         "model/packed.py",
+        "engine/attention.py",
         "engine/batching.py",
         "engine/lora.py",
+        "engine/manager.py",
+        "engine/sampling.py",
         "evaluation/completions.py",
         "evaluation/evaluate.py",
         "evaluation/prompts.py",

@@ -16,20 +16,17 @@ tokens alone and would give one adapter's keys and values to another.
 
 import asyncio
 import itertools
-import queue
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from feyntune.engine.api import (
@@ -46,61 +43,22 @@ from feyntune.engine.api import (
     Token,
 )
 from feyntune.engine.attention import NO_CACHE, install_attention
-from feyntune.engine.lora import Slots, Weights, install, read_adapter
-from feyntune.engine.sampling import adjust, draw, with_log_probabilities
+from feyntune.engine.lora import Weights, install, read_adapter
+from feyntune.engine.manager import PAGE, Manager, Running, Slot
+from feyntune.engine.sampling import with_log_probabilities
 from feyntune.model.packed import backbone, head
 
 T = TypeVar("T")
-PAGE = 16  # tokens of the cache given out at once
-
-
-@dataclass
-class _Slot:
-    index: int
-    users: int = 0
-    retired: bool = False  # unloaded, and freed once nobody uses it
 
 
 @dataclass(eq=False)
 class _Scoring:
     """A text whose log probabilities are asked for."""
 
-    slot: _Slot | None
+    slot: Slot | None
     tokens: list[int]
     top: int
     result: "asyncio.Future[list[Token]]"
-
-
-@dataclass(eq=False)
-class Running:
-    """A request: its settings, its tokens so far, and who waits for them (`engine.Generation`)."""
-
-    id: str
-    slot: _Slot | None  # None is the base
-    prompt: list[int]
-    sampling: Sampling
-    generator: torch.Generator | None
-    submitted: float
-    tokens: asyncio.Queue[Token | Exception | None] = field(default_factory=asyncio.Queue)
-    log_probabilities: list[Token] = field(default_factory=list)  # by the engine's thread, before delivery
-    delivered: int = 0
-    admitted: bool = False
-    over: bool = False
-    non_finite: bool = False  # set by the engine's thread, before delivery
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + self.sampling.max_tokens
-
-    @property
-    def reserved(self) -> int:
-        return -(-self.length // PAGE) * PAGE
-
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        while (item := await self.tokens.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
 
 
 class BatchingEngine:
@@ -120,7 +78,7 @@ class BatchingEngine:
         self._eos = list(eos)
         install_attention()
         self._slots, self._layers = install(model, settings.max_adapters, settings.max_rank, model.dtype)
-        self._adapters: dict[str, _Slot] = {}
+        self._adapters: dict[str, Slot] = {}
         self._requests: dict[str, Running] = {}  # admitted ones; read by the engine's thread
         self._waiting: deque[Running] = deque()
         self._scores: deque[_Scoring] = deque()
@@ -129,7 +87,7 @@ class BatchingEngine:
         self._reserved = 0
         self._ids = itertools.count()
         self._seconds = 1.0  # of a request, smoothed: for Retry-After
-        self._manager = _Manager(model, self._eos, settings, self._slots, self._requests, on_step)
+        self._manager = Manager(model, self._eos, settings, self._slots, self._requests, on_step)
         self._writing = asyncio.Lock()
         self._pause_lock = asyncio.Lock()  # whoever has the loop paused: it sets whose tokens are in the row
 
@@ -367,7 +325,7 @@ class BatchingEngine:
             if index is None:
                 raise NoFreeSlotError(f"all {self.settings.max_adapters} adapter slots are taken: raise max_adapters")
             await self._run_while_paused(self._write, index, weights, max(taken | {index}))
-            self._adapters[key] = _Slot(index)
+            self._adapters[key] = Slot(index)
 
     def _write(self, index: int, weights: Weights, highest: int) -> None:
         """Fill a slot and try it on a few tokens: an adapter that overflows at once is refused, not quarantined."""
@@ -401,14 +359,14 @@ class BatchingEngine:
         finally:
             self._release_slot(slot)
 
-    def _acquire_slot(self, adapter: str | None) -> _Slot | None:
+    def _acquire_slot(self, adapter: str | None) -> Slot | None:
         if adapter is None:
             return None
         slot = self._adapters[adapter]
         slot.users += 1
         return slot
 
-    def _release_slot(self, slot: _Slot | None) -> None:
+    def _release_slot(self, slot: Slot | None) -> None:
         if slot is not None:
             slot.users -= 1
             self._free_retired()
@@ -416,100 +374,3 @@ class BatchingEngine:
     def _free_retired(self) -> None:
         for key in [k for k, slot in self._adapters.items() if slot.retired and not slot.users]:
             del self._adapters[key]
-
-
-class _Discard(queue.Queue):
-    """Takes the place of the queue for outputs nobody waits for: upstream would keep them, prompt and all.
-
-    Such a request was cancelled. It is cancelled again, since upstream forgets a cancellation that comes before it
-    has taken the request out of its input queue.
-    """
-
-    def __init__(self, cancel: Callable[[str], None]):
-        super().__init__()
-        self._cancel = cancel
-
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        if not item.is_finished():
-            self._cancel(item.request_id)
-
-
-class _Manager(ContinuousBatchingManager):
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        eos: list[int],
-        settings: EngineSettings,
-        slots: Slots,
-        requests: dict[str, Running],
-        on_step: Callable[[int], None],
-    ):
-        super().__init__(
-            model,  # type: ignore[arg-type]
-            GenerationConfig(do_sample=False, eos_token_id=eos, max_new_tokens=16),
-            ContinuousBatchingConfig(
-                page_size=PAGE,
-                num_blocks=settings.cache_tokens // PAGE,
-                max_batch_tokens=settings.batch_tokens,
-                max_requests_per_batch=settings.batch_requests,
-                allow_block_sharing=False,
-                use_async_batching=False,
-                use_cuda_graph=False,
-                safety_margin=0.0,  # what is admitted fits: nothing to keep back
-            ),
-        )
-        self.slots, self.requests, self.on_step = slots, requests, on_step
-        self.last_step = time.monotonic()
-        self.steps = 0
-        self.eos = eos
-        self.output_router.output_queue = _Discard(self.cancel_request)
-
-    def _create_batch_processor(self) -> Any:
-        processor = super()._create_batch_processor()
-        runner = processor.model_runner
-
-        def draw(scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-            self._draw_all(runner, scores[0], output_ids)
-
-        runner._sample = draw  # type: ignore[method-assign]
-        return processor
-
-    def _generation_step(self) -> None:
-        batch = self.batch_processor.inputs_and_outputs.requests_in_batch  # type: ignore[union-attr]
-        slots: list[int] = []
-        for f in batch:
-            request = self.requests.get(f.state.request_id)  # gone if cancelled: its tokens go nowhere
-            slots += [request.slot.index if request and request.slot else 0] * f.query_length
-        self.slots.select(slots)
-        super()._generation_step()
-        self.last_step = time.monotonic()
-        self.steps += 1
-        self.on_step(len(batch))
-
-    def _draw_all(self, runner: Any, logits: torch.Tensor, out: torch.Tensor) -> None:
-        """The next token of each request; logits [requests with a new token, vocabulary], fp32."""
-        drawing = [f.state for f in runner.inputs_and_outputs.requests_in_batch if f.has_new_token]
-        requests = [self.requests.get(state.request_id) for state in drawing]
-        tokens = logits.argmax(-1)
-        finite = torch.isfinite(logits).all(-1).tolist()
-        reported: list[tuple[int, Running, int]] = []
-        for i, (request, state) in enumerate(zip(requests, drawing, strict=True)):
-            if request is None:
-                continue
-            sampling = request.sampling
-            if not finite[i]:
-                request.non_finite = True
-                continue
-            row = logits[i]
-            if sampling.adjusts_logits:
-                row = adjust(row, sampling, request.prompt, state.generated_tokens, self.eos)
-            if request.generator is not None or sampling.adjusts_logits:
-                tokens[i] = draw(row, sampling, request.generator)
-            if sampling.logprobs is not None:
-                reported.append((i, request, sampling.logprobs))
-        if reported:
-            rows = [i for i, _, _ in reported]
-            known = with_log_probabilities(logits[rows], tokens[rows], max(top for _, _, top in reported))
-            for token, (_, request, top) in zip(known, reported, strict=True):
-                request.log_probabilities.append(Token(token.id, token.logprob, token.top[:top]))
-        out[0, : len(tokens)].copy_(tokens)
