@@ -16,3 +16,6 @@ DEFAULT_BASE = "meta-llama/Llama-3.1-8B"
 DEFAULT_SOURCE = "oai:https://oaipmh.arxiv.org/oai"
 DEFAULT_STORE = "s3://feyntune"
 DEFAULT_REGISTRY = "s3://feyntune/registry"
+
+# Retries that a pipeline asks the cluster for; the last attempt reports a fault instead of asking for another.
+TRAIN_RETRIES, EVALUATE_RETRIES = 5, 2

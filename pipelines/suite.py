@@ -29,9 +29,11 @@ from feyntune.constants import (
     DEFAULT_REGISTRY,
     DEFAULT_SOURCE,
     DEFAULT_STORE,
+    EVALUATE_RETRIES,
     HUB_SECRET,
     IMAGE_USER,
     S3_SECRET,
+    TRAIN_RETRIES,
 )
 from feyntune.variants import load_variants
 from pipelines.glue import check_cache, fail_if_any_failed, preflight
@@ -132,16 +134,16 @@ def _train_and_score(gpus: int) -> Any:
         with dsl.ParallelFor(unscored, name="score the base") as name:
             scored = evaluate_base(data=data, variant=name, base=base, recipe=recipe, store=store)
             _gpu_step(scored, 1).set_caching_options(False)
-            scored.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+            scored.set_retry(EVALUATE_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
         with dsl.ParallelFor(unfinished, name="each variant") as name:
             trained = train(data=data, variant=name, base=base, recipe=recipe, devices=devices, store=store)
             # An interrupted training resumes from its newest checkpoint in the store.
             _gpu_step(trained, gpus).set_caching_options(False)
-            trained.set_retry(5, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+            trained.set_retry(TRAIN_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
             adapter = trained.outputs["adapter"]
             measured = evaluate(data=data, adapter=adapter, variant=name, base=base, recipe=recipe, store=store)
             _gpu_step(measured, 1).set_caching_options(False)
-            measured.set_retry(2, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+            measured.set_retry(EVALUATE_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
 
     return train_and_score
 

@@ -8,12 +8,11 @@ from typing import Any
 from feyntune.artifacts.artifact import read_manifest
 from feyntune.artifacts.cache import capture_failure, is_finished, newest_failure, scratch
 from feyntune.artifacts.store import open_store, pull, push
+from feyntune.constants import EVALUATE_RETRIES
 from feyntune.errors import UserError
 from feyntune.keys import last_attempt, variant_keys
 from feyntune.names import BASE
 from feyntune.telemetry import setup
-
-RETRIES = 2  # as the pipeline sets them
 
 
 def evaluate_branch(
@@ -35,7 +34,7 @@ def evaluate_branch(
 
     artifacts = open_store(store)
     _, branch = variant_keys(read_manifest(data).digest, base, recipe, variant)
-    with capture_failure(artifacts, branch, "evaluate", variant, out, last_attempt(RETRIES)):
+    with capture_failure(artifacts, branch, "evaluate", variant, out, last_attempt(EVALUATE_RETRIES)):
         config = EvaluateConfig.model_validate({**recipe.get("evaluate", {}), "include_base": adapter is None})
         evaluate(data, base, {} if adapter is None else {variant: adapter}, out, config)
         push(artifacts, out, f"{branch}/evaluation")

@@ -7,12 +7,11 @@ from typing import Any
 from feyntune.artifacts.artifact import is_artifact, read_manifest
 from feyntune.artifacts.cache import capture_failure
 from feyntune.artifacts.store import open_store
+from feyntune.constants import TRAIN_RETRIES
 from feyntune.errors import EXIT_INTERRUPTED, Interrupted
 from feyntune.keys import last_attempt, variant_keys
 from feyntune.telemetry import setup
 from feyntune.training.launch import launch
-
-RETRIES = 5  # as the pipeline sets them
 
 
 def train_branch(
@@ -34,7 +33,7 @@ def train_branch(
     config = {**recipe.get("train", {}), "devices": devices}
     training, branch = variant_keys(read_manifest(data).digest, base, recipe, variant)
     try:
-        with capture_failure(open_store(store), branch, "train", variant, out, last_attempt(RETRIES)):
+        with capture_failure(open_store(store), branch, "train", variant, out, last_attempt(TRAIN_RETRIES)):
             launch(
                 data=data,
                 mixture=mixture,
