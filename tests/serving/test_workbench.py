@@ -486,7 +486,7 @@ def test_without_the_built_page_it_says_how_to_build_it(monkeypatch, tmp_path):
 
 def test_the_wheel_holds_the_page_and_nothing_of_its_workshop(tmp_path):
     root = workbench.PAGE.parents[2]
-    for name in ("pyproject.toml", "components", "pipelines"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "feyntune", "pipelines"):
         ignore = shutil.ignore_patterns("node_modules", "__pycache__")
         there = root / name
         shutil.copytree(there, tmp_path / name, ignore=ignore) if there.is_dir() else shutil.copy(there, tmp_path)
