@@ -15,10 +15,10 @@ OUT = CHART.parents[1] / "feyntune" / "deployment" / "predictor.yaml"
 HEAD = "# Made by charts/predictor.py from charts/feyntune/templates/serving.yaml: on CPUs, then on GPUs. Edit there.\n"
 
 
-def predictor(serving: dict[str, Any]) -> dict[str, Any]:
-    """The InferenceService that the chart renders with these values of `serving`."""
+def predictor(serving: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """The InferenceService that the chart renders with these values of `serving`, and of the chart's `others`."""
     values = {"serving": {"keysSecret": "keys", **serving}, "assumeAPIs": ["serving.kserve.io/v1beta1"]}
-    values |= {"kubeflow": {"enabled": False}}
+    values |= {"kubeflow": {"enabled": False}, **others}
     with helm_python.Chart.load(CHART) as chart:
         made = chart.render(values, name="feyntune", namespace="feyntune", is_install=True)
     text = next(text for name, text in made.items() if name.endswith("templates/serving.yaml"))

@@ -119,7 +119,7 @@ def chart_values(spec):
         "kind": "InferenceService", "name": spec.name, "base": spec.base, "registry": spec.registry,
         "precision": spec.precision, "gpus": spec.gpus, "image": spec.image, "replicas": spec.replicas,
         "maxAdapters": spec.max_adapters, "maxRank": spec.max_rank, "keysSecret": spec.keys_secret or "",
-        "cacheSize": spec.scratch, "host": spec.host, "writableRoot": spec.writable_root,
+        "cacheSize": spec.scratch, "writableRoot": spec.writable_root,
         "extraArgs": spec.extra_args, "resources": given,
     }  # fmt: skip
 
@@ -135,7 +135,7 @@ def chart_values(spec):
 def test_the_chart_and_deploy_describe_the_same_pod(registry, fields):
     wanted = spec(registry, **fields)
     rendered = render(wanted, Registry.open(registry).snapshot())["spec"]["predictor"]
-    chart = charts_predictor().predictor(chart_values(wanted))["spec"]["predictor"]
+    chart = charts_predictor().predictor(chart_values(wanted), listen=wanted.host)["spec"]["predictor"]
     if wanted.gpus:  # the chart's own pool
         del chart["nodeSelector"], chart["tolerations"]
     for predictor in (rendered, chart):
