@@ -46,6 +46,8 @@ def imported(folder: Path) -> dict[str, Path]:
     """Top-level names of other projects that the modules under `folder` import, at the top or inside a function."""
     names: dict[str, Path] = {}
     for path in folder.rglob("*.py"):
+        if "node_modules" in path.parts:  # npm's own scripts, where the workbench page was built
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
