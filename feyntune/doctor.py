@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from feyntune.constants import DEFAULT_BASE
 from feyntune.errors import UserError
 
 
@@ -157,26 +158,23 @@ def _cluster() -> Iterator[Finding]:
             yield Finding(name, "missing" if needed else "optional", f"The cluster has no {group}: {fix}.")
 
 
-LLAMA = "meta-llama/Llama-3.1-8B"
-
-
 def _licence() -> Finding:
     """Whether the hub token opens the gated base model; the token itself is never shown."""
     token = os.environ.get("HF_TOKEN")
     if not token:
-        return Finding("hub token", "optional", f"HF_TOKEN is not set: gated models such as {LLAMA} need it.")
+        return Finding("hub token", "optional", f"HF_TOKEN is not set: gated models such as {DEFAULT_BASE} need it.")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return Finding("hub token", "ok", "HF_TOKEN is set; whether it opens the base is not checked offline.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        HfApi().auth_check(LLAMA, token=token)
+        HfApi().auth_check(DEFAULT_BASE, token=token)
     except GatedRepoError:
-        fix = f"accept its licence at https://huggingface.co/{LLAMA} with the token's account"
-        return Finding("hub token", "missing", f"HF_TOKEN does not open {LLAMA}: {fix}.")
+        fix = f"accept its licence at https://huggingface.co/{DEFAULT_BASE} with the token's account"
+        return Finding("hub token", "missing", f"HF_TOKEN does not open {DEFAULT_BASE}: {fix}.")
     except RepositoryNotFoundError:
         return Finding("hub token", "missing", "HF_TOKEN is not valid: make a new one in the hub's settings.")
     except (HfHubHTTPError, OSError) as e:
         return Finding("hub token", "optional", f"HF_TOKEN is set, but the hub does not answer ({type(e).__name__}).")
-    return Finding("hub token", "ok", f"HF_TOKEN opens {LLAMA}.")
+    return Finding("hub token", "ok", f"HF_TOKEN opens {DEFAULT_BASE}.")

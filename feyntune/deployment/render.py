@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from feyntune.constants import IMAGE_USER
 from feyntune.deployment.spec import ServingSpec
 from feyntune.errors import UserError
 from feyntune.model.base import split_pin
@@ -20,15 +21,14 @@ from feyntune.registry.models import State
 
 GROUP = "serving.kserve.io"
 KEYS_FILE = "/etc/feyntune/keys/keys"
-USER = 65532  # the images' numeric user
 _RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "runAsNonRoot": True,
-    "runAsUser": USER,
+    "runAsUser": IMAGE_USER,
     "capabilities": {"drop": ["ALL"]},
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-_RESTRICTED_POD = {k: _RESTRICTED[k] for k in ("runAsNonRoot", "runAsUser", "seccompProfile")} | {"fsGroup": USER}
+_RESTRICTED_POD = {k: _RESTRICTED[k] for k in ("runAsNonRoot", "runAsUser", "seccompProfile")} | {"fsGroup": IMAGE_USER}
 
 Object = dict[str, Any]
 

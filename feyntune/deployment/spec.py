@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from feyntune.constants import HUB_SECRET, S3_SECRET
 from feyntune.errors import UserError
 
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
@@ -47,9 +48,9 @@ class ServingSpec(BaseModel):
     s3_endpoint: str = Field(description="URL of the S3 server, as pods reach it.")
     s3_region: str = Field("us-east-1", description="Region that requests are signed for.")
     s3_secret: str = Field(
-        "feyntune-s3", pattern=_NAME, description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        S3_SECRET, pattern=_NAME, description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
     )
-    hub_secret: str = Field("feyntune-hub", pattern=_NAME, description="Secret with HF_TOKEN; need not exist.")
+    hub_secret: str = Field(HUB_SECRET, pattern=_NAME, description="Secret with HF_TOKEN; need not exist.")
     service_account: str = Field("feyntune-serving", pattern=_NAME, description="ServiceAccount of the pods.")
     keys_secret: str | None = Field(
         None, pattern=_NAME, description="Secret whose entry `keys` lists the endpoint's bearer keys; none: no key."

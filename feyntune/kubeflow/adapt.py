@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from feyntune.constants import HUB_SECRET, S3_SECRET
 from feyntune.errors import UserError
 
 COMPILED = Path(__file__).parents[1] / "compiled"  # suite.yaml and variant.yaml, written by pipelines/compile.py
-S3_SECRET, HUB_SECRET = "feyntune-s3", "feyntune-hub"  # as compiled
 
 
 class Settings(BaseModel):
