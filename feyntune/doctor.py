@@ -14,55 +14,55 @@ from feyntune.constants import DEFAULT_BASE
 from feyntune.errors import UserError
 
 
-class Finding(NamedTuple):
+class Check(NamedTuple):
     what: str
     state: Literal["ok", "missing", "optional"]
     sentence: str
 
 
-def examine(store: str | None = None, host: str | None = None) -> Iterator[Finding]:
+def run_checks(store: str | None = None, host: str | None = None) -> Iterator[Check]:
     """Check this machine; with `store` and `host` given, also the store and the Kubeflow Pipelines host."""
     yield _python()
     yield _memory()
     yield _disk()
     yield _gpu()
     for module, extra in (("kfp", "pipeline"), ("torch", "train"), ("bitsandbytes", "train"), ("kserve", "serve")):
-        found = importlib.util.find_spec(module) is not None
+        installed = importlib.util.find_spec(module) is not None
         fix = f"{module} is not installed: run `make env`, or pip install 'feyntune[{extra}]'."
-        yield Finding(module, "ok" if found else "missing", f"{module} is installed." if found else fix)
+        yield Check(module, "ok" if installed else "missing", f"{module} is installed." if installed else fix)
     yield _store_keys(store)
     yield _store(store)
     yield _kubeflow(host)
     yield from _cluster()
-    yield _licence()
+    yield _hub_token()
 
 
-def _python() -> Finding:
+def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
     fits = (3, 11) <= sys.version_info[:2] < (3, 13)
-    return Finding(
+    return Check(
         "Python", "ok" if fits else "missing", f"Python {version}{'' if fits else ': 3.11 or 3.12 is needed'}."
     )
 
 
-def _memory() -> Finding:
+def _memory() -> Check:
     try:  # what programs can have, the page cache included
         gib = int(re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)[1]) / 2**20  # type: ignore[index]
     except (OSError, TypeError):
         gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     fits = gib >= 4
     need = "" if fits else ": the tiny run needs 4"
-    return Finding("memory", "ok" if fits else "missing", f"{gib:.0f} GiB free{need}.")
+    return Check("memory", "ok" if fits else "missing", f"{gib:.0f} GiB free{need}.")
 
 
-def _disk() -> Finding:
+def _disk() -> Check:
     gib = shutil.disk_usage(".").free / 2**30
-    return Finding("disk", "ok" if gib >= 5 else "missing", f"{gib:.0f} GiB free{'' if gib >= 5 else ': free 5 GiB'}.")
+    return Check("disk", "ok" if gib >= 5 else "missing", f"{gib:.0f} GiB free{'' if gib >= 5 else ': free 5 GiB'}.")
 
 
-def _gpu() -> Finding:
+def _gpu() -> Check:
     if not shutil.which("nvidia-smi"):
-        return Finding("GPU", "optional", "No NVIDIA driver: training the 8B model needs one; the tiny run does not.")
+        return Check("GPU", "optional", "No NVIDIA driver: training the 8B model needs one; the tiny run does not.")
     asked = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
         capture_output=True,
@@ -70,59 +70,59 @@ def _gpu() -> Finding:
         check=False,
     )
     if asked.returncode != 0:
-        return Finding("GPU", "missing", "nvidia-smi finds no GPU: load or reinstall the NVIDIA driver.")
+        return Check("GPU", "missing", "nvidia-smi finds no GPU: load or reinstall the NVIDIA driver.")
     cards = "; ".join(asked.stdout.strip().splitlines())
     if importlib.util.find_spec("torch") is not None:
         import torch
 
         if not torch.cuda.is_available():
             fix = "torch cannot use it: install torch's CUDA build, made for this driver or an older one"
-            return Finding("GPU", "missing", f"{cards}; but {fix}.")
-    return Finding("GPU", "ok", f"{cards}.")
+            return Check("GPU", "missing", f"{cards}; but {fix}.")
+    return Check("GPU", "ok", f"{cards}.")
 
 
 _KEYS = ("S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _OTHER_KEYS = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_PROFILE")
 
 
-def _store_keys(store: str | None) -> Finding:
+def _store_keys(store: str | None) -> Check:
     from feyntune.settings import ENDPOINTS, variable
 
     absent = [name for name in _KEYS if not variable(*(ENDPOINTS if name == _KEYS[0] else (name,)))]
     if not absent:
-        return Finding("store keys", "ok", f"{', '.join(_KEYS)} are set.")
+        return Check("store keys", "ok", f"{', '.join(_KEYS)} are set.")
     if source := next((name for name in _OTHER_KEYS if variable(name)), None):
-        return Finding("store keys", "ok", f"Keys come from {source}.")
+        return Check("store keys", "ok", f"Keys come from {source}.")
     needed = store is not None and store.startswith("s3://")
-    return Finding(
+    return Check(
         "store keys", "missing" if needed else "optional", f"{', '.join(absent)} not set: an s3:// store needs them."
     )
 
 
-def _store(store: str | None) -> Finding:
+def _store(store: str | None) -> Check:
     if store is None:
-        return Finding("store", "optional", "Not checked: give --store s3://BUCKET/PREFIX or a folder.")
+        return Check("store", "optional", "Not checked: give --store s3://BUCKET/PREFIX or a folder.")
     from feyntune.kubeflow.preflight import writable
 
     try:
         writable(store)
     except UserError as e:
-        return Finding("store", "missing", str(e))
-    return Finding("store", "ok", f"{store} can be written and read.")
+        return Check("store", "missing", str(e))
+    return Check("store", "ok", f"{store} can be written and read.")
 
 
-def _kubeflow(host: str | None) -> Finding:
+def _kubeflow(host: str | None) -> Check:
     if host is None:
-        return Finding("Kubeflow", "optional", "Not checked: give --host URL of your Kubeflow Pipelines.")
+        return Check("Kubeflow", "optional", "Not checked: give --host URL of your Kubeflow Pipelines.")
     import requests
 
     try:
         requests.get(f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=10).raise_for_status()
     except requests.RequestException as e:
-        return Finding(
+        return Check(
             "Kubeflow", "missing", f"{host} does not answer ({type(e).__name__}): check the address and token."
         )
-    return Finding("Kubeflow", "ok", f"{host} answers.")
+    return Check("Kubeflow", "ok", f"{host} answers.")
 
 
 # What a cluster's API groups tell: name, whether the platform needs it, and what to do without.
@@ -138,9 +138,9 @@ _GROUPS = {
 }
 
 
-def _cluster() -> Iterator[Finding]:
+def _cluster() -> Iterator[Check]:
     if not os.environ.get("KUBECONFIG") and not (Path.home() / ".kube" / "config").exists():
-        yield Finding("cluster", "optional", "No KUBECONFIG: installing on a cluster needs one.")
+        yield Check("cluster", "optional", "No KUBECONFIG: installing on a cluster needs one.")
         return
     from kubernetes import client, config
 
@@ -148,33 +148,33 @@ def _cluster() -> Iterator[Finding]:
         config.load_kube_config()
         groups = {g.name for g in client.ApisApi().get_api_versions(_request_timeout=10).groups}
     except Exception as e:
-        yield Finding("cluster", "missing", f"The cluster does not answer ({type(e).__name__}): check KUBECONFIG.")
+        yield Check("cluster", "missing", f"The cluster does not answer ({type(e).__name__}): check KUBECONFIG.")
         return
-    yield Finding("cluster", "ok", "The cluster answers.")
+    yield Check("cluster", "ok", "The cluster answers.")
     for group, (name, needed, fix) in _GROUPS.items():
         if group in groups:
-            yield Finding(name, "ok", f"The cluster has {name} ({group}).")
+            yield Check(name, "ok", f"The cluster has {name} ({group}).")
         else:
-            yield Finding(name, "missing" if needed else "optional", f"The cluster has no {group}: {fix}.")
+            yield Check(name, "missing" if needed else "optional", f"The cluster has no {group}: {fix}.")
 
 
-def _licence() -> Finding:
+def _hub_token() -> Check:
     """Whether the hub token opens the gated base model; the token itself is never shown."""
     token = os.environ.get("HF_TOKEN")
     if not token:
-        return Finding("hub token", "optional", f"HF_TOKEN is not set: gated models such as {DEFAULT_BASE} need it.")
+        return Check("hub token", "optional", f"HF_TOKEN is not set: gated models such as {DEFAULT_BASE} need it.")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return Finding("hub token", "ok", "HF_TOKEN is set; whether it opens the base is not checked offline.")
+        return Check("hub token", "ok", "HF_TOKEN is set; whether it opens the base is not checked offline.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
         HfApi().auth_check(DEFAULT_BASE, token=token)
     except GatedRepoError:
-        fix = f"accept its licence at https://huggingface.co/{DEFAULT_BASE} with the token's account"
-        return Finding("hub token", "missing", f"HF_TOKEN does not open {DEFAULT_BASE}: {fix}.")
+        fix = f"accept its license at https://huggingface.co/{DEFAULT_BASE} with the token's account"
+        return Check("hub token", "missing", f"HF_TOKEN does not open {DEFAULT_BASE}: {fix}.")
     except RepositoryNotFoundError:
-        return Finding("hub token", "missing", "HF_TOKEN is not valid: make a new one in the hub's settings.")
+        return Check("hub token", "missing", "HF_TOKEN is not valid: make a new one in the hub's settings.")
     except (HfHubHTTPError, OSError) as e:
-        return Finding("hub token", "optional", f"HF_TOKEN is set, but the hub does not answer ({type(e).__name__}).")
-    return Finding("hub token", "ok", f"HF_TOKEN opens {DEFAULT_BASE}.")
+        return Check("hub token", "optional", f"HF_TOKEN is set, but the hub does not answer ({type(e).__name__}).")
+    return Check("hub token", "ok", f"HF_TOKEN opens {DEFAULT_BASE}.")

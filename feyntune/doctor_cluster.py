@@ -5,21 +5,21 @@ from typing import Any
 
 import yaml
 
-from feyntune.doctor import Finding
+from feyntune.doctor import Check
 
 Object = dict[str, Any]
 _S3_KEYS = {"S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}
 _README = "see manifests/prerequisites/README.md"
 
 
-def check_cluster(release: str, namespace: str, runs: str, client: Any) -> Iterator[Finding]:
+def check_cluster(release: str, namespace: str, runs: str, client: Any) -> Iterator[Check]:
     """Check the cluster of `client` (a `kubernetes.client.ApiClient`) for a release.
 
     Args:
         namespace, runs: of the release and of its runs. What the reader may not read is reported as such.
     """
 
-    def read(what: str, path: str) -> tuple[Object | None, Finding | None]:
+    def read(what: str, path: str) -> tuple[Object | None, Check | None]:
         from kubernetes.client.exceptions import ApiException
 
         try:
@@ -30,7 +30,7 @@ def check_cluster(release: str, namespace: str, runs: str, client: Any) -> Itera
         except ApiException as e:
             if e.status == 404:
                 return None, None
-            return None, Finding(what, "optional", f"{what}: not checked, the cluster answers {e.status} {e.reason}.")
+            return None, Check(what, "optional", f"{what}: not checked, the cluster answers {e.status} {e.reason}.")
 
     checks = [
         ("Kubernetes", "/version", check_version),
@@ -58,21 +58,21 @@ def check_cluster(release: str, namespace: str, runs: str, client: Any) -> Itera
         yield refused or check(what, answer)
 
 
-def check_version(what: str, answer: Object | None) -> Finding:
+def check_version(what: str, answer: Object | None) -> Check:
     minor = int("".join(c for c in (answer or {}).get("minor", "0") if c.isdigit()) or 0)
     if 31 <= minor <= 36:
-        return Finding(what, "ok", f"Kubernetes 1.{minor}.")
-    return Finding(what, "optional", f"Kubernetes 1.{minor}: 1.31 to 1.36 are what the chart is checked against.")
+        return Check(what, "ok", f"Kubernetes 1.{minor}.")
+    return Check(what, "optional", f"Kubernetes 1.{minor}: 1.31 to 1.36 are what the chart is checked against.")
 
 
-def check_retry_policy(what: str, answer: Object | None) -> Finding:
+def check_retry_policy(what: str, answer: Object | None) -> Check:
     if answer is None:
-        return Finding(what, "missing", f"No Argo workflow controller is configured there: {_README}.")
+        return Check(what, "missing", f"No Argo workflow controller is configured there: {_README}.")
     defaults = yaml.safe_load((answer.get("data") or {}).get("workflowDefaults") or "") or {}
     retry = ((defaults.get("spec") or {}).get("templateDefaults") or {}).get("retryStrategy") or {}
     if str(retry.get("limit")) == "0" and retry.get("retryPolicy") == "Always":
-        return Finding(what, "ok", "Failed steps are retried, and Kubeflow's drivers are not.")
-    return Finding(
+        return Check(what, "ok", "Failed steps are retried, and Kubeflow's drivers are not.")
+    return Check(
         what,
         "missing",
         f"Argo's default is limit {retry.get('limit')}, retryPolicy {retry.get('retryPolicy')}: a failed step is not "
@@ -81,17 +81,17 @@ def check_retry_policy(what: str, answer: Object | None) -> Finding:
     )
 
 
-def check_pod_security(what: str, answer: Object | None) -> Finding:
+def check_pod_security(what: str, answer: Object | None) -> Check:
     if answer is None:
-        return Finding(what, "optional", "The release's namespace does not exist yet.")
+        return Check(what, "optional", "The release's namespace does not exist yet.")
     level = (answer["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce")
-    return Finding(what, "ok", f"The namespace admits {level or 'any'} pods; ours fit restricted.")
+    return Check(what, "ok", f"The namespace admits {level or 'any'} pods; ours fit restricted.")
 
 
-def check_gpus(what: str, answer: Object | None) -> Finding:
+def check_gpus(what: str, answer: Object | None) -> Check:
     nodes = [n for n in (answer or {}).get("items", []) if int(n["status"]["allocatable"].get("nvidia.com/gpu", 0))]
     if not nodes:
-        return Finding(
+        return Check(
             what,
             "missing",
             "No node has nvidia.com/gpu: add a GPU pool with the device plugin, or set kubeflow.flavor=cpu.",
@@ -100,11 +100,11 @@ def check_gpus(what: str, answer: Object | None) -> Finding:
     key = "cloud.google.com/gke-accelerator"
     labels = {n["metadata"].get("labels", {}).get(key, "") for n in nodes}
     if labels == {""}:
-        return Finding(what, "missing", f"{count} GPUs, but no label {key}: set accelerator.nodeSelector to your own.")
-    return Finding(what, "ok", f"{count} GPUs on {len(nodes)} nodes, {key}: {', '.join(sorted(labels - {''}))}.")
+        return Check(what, "missing", f"{count} GPUs, but no label {key}: set accelerator.nodeSelector to your own.")
+    return Check(what, "ok", f"{count} GPUs on {len(nodes)} nodes, {key}: {', '.join(sorted(labels - {''}))}.")
 
 
-def check_storage_class(what: str, answer: Object | None) -> Finding:
+def check_storage_class(what: str, answer: Object | None) -> Check:
     default = "storageclass.kubernetes.io/is-default-class"
     names = [
         o["metadata"]["name"]
@@ -112,26 +112,24 @@ def check_storage_class(what: str, answer: Object | None) -> Finding:
         if (o["metadata"].get("annotations") or {}).get(default) == "true"
     ]
     if names:
-        return Finding(what, "ok", f"The default storage class is {names[0]}.")
-    return Finding(
+        return Check(what, "ok", f"The default storage class is {names[0]}.")
+    return Check(
         what,
         "missing",
         "No default storage class: set objectStore.persistence.storageClass, or use your own S3 server.",
     )
 
 
-def check_s3_keys(what: str, answer: Object | None) -> Finding:
+def check_s3_keys(what: str, answer: Object | None) -> Check:
     absent = sorted(_S3_KEYS - ((answer or {}).get("data") or {}).keys())
     if answer is None:
-        return Finding(
-            what, "optional", f"{what}: no Secret yet; the chart makes it, or you do (credentials.existing)."
-        )
+        return Check(what, "optional", f"{what}: no Secret yet; the chart makes it, or you do (credentials.existing).")
     if absent:
-        return Finding(what, "missing", f"{what}: the Secret has no {', '.join(absent)}: add them.")
-    return Finding(what, "ok", f"{what}: all are there.")
+        return Check(what, "missing", f"{what}: the Secret has no {', '.join(absent)}: add them.")
+    return Check(what, "ok", f"{what}: all are there.")
 
 
-def check_quota(what: str, answer: Object | None) -> Finding:
+def check_quota(what: str, answer: Object | None) -> Check:
     used_up = [
         f"{o['metadata']['name']} ({resource} {used} of {hard})"
         for o in (answer or {}).get("items", [])
@@ -139,26 +137,26 @@ def check_quota(what: str, answer: Object | None) -> Finding:
         if (used := o["status"].get("used", {}).get(resource)) == hard
     ]
     if used_up:
-        return Finding(what, "missing", f"{what}: used up: {', '.join(used_up)}: raise it, or pods stay pending.")
-    return Finding(what, "ok", f"{what}: none that is used up.")
+        return Check(what, "missing", f"{what}: used up: {', '.join(used_up)}: raise it, or pods stay pending.")
+    return Check(what, "ok", f"{what}: none that is used up.")
 
 
-def check_network_policies(what: str, answer: Object | None) -> Finding:
+def check_network_policies(what: str, answer: Object | None) -> Check:
     blocking = [
         o["metadata"]["name"]
         for o in (answer or {}).get("items", [])
         if not o["spec"].get("podSelector") and "Egress" in o["spec"].get("policyTypes", [])
     ]
     if blocking:
-        return Finding(
+        return Check(
             what,
             "optional",
             f"{', '.join(blocking)} limits what every pod of the runs' namespace may call: let steps reach the store.",
         )
-    return Finding(what, "ok", "No network policy limits what every pod of the runs' namespace may call.")
+    return Check(what, "ok", "No network policy limits what every pod of the runs' namespace may call.")
 
 
-def check_kserve(what: str, answer: Object | None) -> Finding:
+def check_kserve(what: str, answer: Object | None) -> Check:
     if answer is None:
-        return Finding(what, "missing", f"KServe is not on this cluster: {_README}, or set serving.kind=Deployment.")
-    return Finding(what, "ok", "KServe's InferenceService is there.")
+        return Check(what, "missing", f"KServe is not on this cluster: {_README}, or set serving.kind=Deployment.")
+    return Check(what, "ok", "KServe's InferenceService is there.")

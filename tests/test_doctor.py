@@ -9,8 +9,8 @@ from feyntune import doctor
 from tests.servers.kubeflow import kubeflow
 
 
-def found(store: str | None = None, host: str | None = None) -> dict[str, doctor.Finding]:
-    return {f.what: f for f in doctor.examine(store, host)}
+def checks(store: str | None = None, host: str | None = None) -> dict[str, doctor.Check]:
+    return {c.what: c for c in doctor.run_checks(store, host)}
 
 
 @pytest.fixture(autouse=True)
@@ -21,27 +21,27 @@ def _plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_on_a_laptop_nothing_is_missing_and_what_a_cluster_needs_is_named() -> None:
-    seen = found()
-    assert {f.what for f in seen.values() if f.state == "missing"} <= {"memory", "disk"}
+    results = checks()
+    assert {c.what for c in results.values() if c.state == "missing"} <= {"memory", "disk"}
     for what in ("GPU", "store keys", "store", "Kubeflow", "cluster", "hub token"):
-        assert seen[what].state in ("optional", "ok")
-        assert seen[what].sentence.endswith(".")
+        assert results[what].state in ("optional", "ok")
+        assert results[what].sentence.endswith(".")
 
 
 def test_a_store_without_keys_or_with_wrong_ones_is_missing(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert found(s3)["store keys"].state == "ok"
-    assert found(s3)["store"].state == "ok"
+    assert checks(s3)["store keys"].state == "ok"
+    assert checks(s3)["store"].state == "ok"
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    seen = found(s3)
-    assert seen["store keys"].state == "missing"
-    assert "AWS_SECRET_ACCESS_KEY" in seen["store keys"].sentence
-    assert seen["store"].state == "missing"
+    results = checks(s3)
+    assert results["store keys"].state == "missing"
+    assert "AWS_SECRET_ACCESS_KEY" in results["store keys"].sentence
+    assert results["store"].state == "missing"
 
 
 def test_a_kubeflow_host_answers_or_is_named() -> None:
     with kubeflow() as server:
-        assert found(host=server.url)["Kubeflow"].state == "ok"
-    assert "does not answer" in found(host=server.url)["Kubeflow"].sentence
+        assert checks(host=server.url)["Kubeflow"].state == "ok"
+    assert "does not answer" in checks(host=server.url)["Kubeflow"].sentence
 
 
 def test_a_graphics_driver_without_a_card_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,20 +49,20 @@ def test_a_graphics_driver_without_a_card_is_missing(tmp_path: Path, monkeypatch
     tool.write_text("#!/bin/sh\nexit 9\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert found()["GPU"].state == "missing"
+    assert checks()["GPU"].state == "missing"
     tool.write_text("#!/bin/sh\necho 'NVIDIA A100, 40960 MiB, 550.54'\n")
-    seen = found()["GPU"]
-    assert "A100" in seen.sentence
-    assert seen.state == "missing"  # torch here is the CPU build, and that is what it says
-    assert "CUDA build" in seen.sentence
+    results = checks()["GPU"]
+    assert "A100" in results.sentence
+    assert results.state == "missing"  # torch here is the CPU build, and that is what it says
+    assert "CUDA build" in results.sentence
 
 
 def test_a_cluster_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".kube").mkdir()
     (tmp_path / ".kube" / "config").write_text("not: a config\n")
-    assert found()["cluster"].state == "missing"
+    assert checks()["cluster"].state == "missing"
 
 
 def test_the_hub_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-of-a-test")
-    assert all("secret-of-a-test" not in f.sentence for f in doctor.examine())
+    assert all("secret-of-a-test" not in c.sentence for c in doctor.run_checks())

@@ -26,6 +26,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from feyntune.errors import UserError
 
 MANIFEST = "manifest.json"
+RENAMED_KINDS = {"judgement": "judgment"}  # before 0.2
 _PACKAGES = (
     "feyntune",
     "torch",
@@ -195,7 +196,7 @@ def open_artifact(folder: str | Path, kind: str | None = None) -> Manifest:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if kind is not None and manifest.kind != kind:
+    if kind is not None and kind not in (manifest.kind, RENAMED_KINDS.get(manifest.kind)):
         raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}: give the folder of the right step.")
     present = set(_files(folder)) - {MANIFEST}
     for name in sorted(present ^ set(manifest.files)):

@@ -16,8 +16,8 @@ from feyntune.names import BASE, slug
 COLUMNS = ["id", "primary", "split", "rule", "decoding", "seed", "prompt", "reference", "completion", "truncated"]
 
 
-class Choice(BaseModel):
-    """Which completions are shown.
+class CompletionFilter(BaseModel):
+    """Which of the completions in an evaluation are used.
 
     Attributes:
         rule: where the prompt ends: `paper` (half of the sentences as FeynTune splits them) or `careful`.
@@ -52,7 +52,7 @@ class Passage(NamedTuple):
 
 
 @dataclass
-class Gathered:
+class SystemCompletions:
     """Every system's completion of every paper in `papers`.
 
     Attributes:
@@ -80,7 +80,7 @@ class Gathered:
 
 
 def completions_in(manifest: Manifest) -> dict[str, str]:
-    """Names of the files of completions in a sealed folder, by system."""
+    """Names of the files of completions in an artifact, by system."""
     known = {slug(name): name for name in (BASE, *manifest.inputs, *manifest.config.get("systems", {}))}
     result = {}
     for path in sorted(manifest.files):
@@ -90,20 +90,20 @@ def completions_in(manifest: Manifest) -> dict[str, str]:
     return result
 
 
-def gather(folders: Sequence[str | Path], choice: Choice) -> Gathered:
-    """Read the chosen completions of all systems in `folders` (kinds `evaluation` and `answers`).
+def read_completions(folders: Sequence[str | Path], filter: CompletionFilter) -> SystemCompletions:
+    """Read the completions of all systems in `folders` that pass `filter` (kinds `evaluation` and `answers`).
 
     Raises:
         UserError: no base, a system twice, another test set, another prompt for the same paper, or a system
-            without the chosen completions.
+            without completions that pass the filter.
     """
-    result: Gathered | None = None
+    result: SystemCompletions | None = None
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for folder in map(Path, folders):
         manifest = open_artifact(folder)
         if manifest.kind not in ("evaluation", "answers"):
             raise UserError(f"{folder} holds a {manifest.kind}: give folders of `evaluate` or `ask`.")
-        result = result or Gathered(manifest.inputs["test"])
+        result = result or SystemCompletions(manifest.inputs["test"])
         if manifest.inputs["test"] != result.test:
             raise UserError(
                 f"{folder} was made on test set {manifest.inputs['test'][:16]}, the others on {result.test[:16]}: "
@@ -114,8 +114,8 @@ def gather(folders: Sequence[str | Path], choice: Choice) -> Gathered:
             raise UserError(f"{folder} holds no completions: evaluate with completions.")
         for name, path in files.items():
             if name in rows:
-                raise UserError(f"{name} is there twice, the second time in {folder}: leave one out.")
-            rows[name] = _chosen(folder / path, choice, name)
+                raise UserError(f"{name} is given twice, the second time in {folder}: leave one out.")
+            rows[name] = _filtered(folder / path, filter, name)
             result.digests[name] = manifest.files[path].sha256
             if name in manifest.config.get("systems", {}):
                 result.models[name] = manifest.config["systems"][name]["model"]
@@ -131,22 +131,22 @@ def gather(folders: Sequence[str | Path], choice: Choice) -> Gathered:
         result.papers[identifier] = passages.pop()
     if not result.papers:
         raise UserError("No paper was completed by all systems: give systems that completed the same papers.")
-    result.texts = {name: {i: rows[name][i][choice.text] for i in result.papers} for name in names}
+    result.texts = {name: {i: rows[name][i][filter.text] for i in result.papers} for name in names}
     result.digests = {name: result.digests[name] for name in names}
     return result
 
 
-def _chosen(path: Path, choice: Choice, name: str) -> dict[str, dict[str, Any]]:
+def _filtered(path: Path, filter: CompletionFilter, name: str) -> dict[str, dict[str, Any]]:
     """Rows of one system by id."""
-    filters = [(key, "=", getattr(choice, key)) for key in ("rule", "decoding", "split")]
+    conditions = [(key, "=", getattr(filter, key)) for key in ("rule", "decoding", "split")]
     if "truncated" not in pq.read_schema(path).names:
         raise UserError(f"{path} was written by an earlier version (before 0.2): complete again.")
-    rows = pq.read_table(path, columns=COLUMNS, filters=filters).to_pylist()
+    rows = pq.read_table(path, columns=COLUMNS, filters=conditions).to_pylist()
     seeds = {r["seed"] for r in rows} - {None}
-    seed = choice.seed if choice.seed is not None else min(seeds, default=None)
-    result = {r["id"]: r for r in rows if r["seed"] in (seed, None)}  # endpoints have no seed of ours
+    seed = filter.seed if filter.seed is not None else min(seeds, default=None)
+    result = {r["id"]: r for r in rows if r["seed"] in (seed, None)}  # completions from an endpoint have no seed
     if not result:
-        asked = f"{choice.decoding} completions (rule {choice.rule}, {choice.split}"
-        asked += f", seed {choice.seed})" if choice.seed is not None else ")"
+        asked = f"{filter.decoding} completions (rule {filter.rule}, {filter.split}"
+        asked += f", seed {filter.seed})" if filter.seed is not None else ")"
         raise UserError(f"{name} has no {asked}: choose others, or complete again.")
     return result

@@ -22,7 +22,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Report what is missing on this machine or cluster, one sentence each."""
-    from feyntune.doctor import examine
+    from feyntune.doctor import run_checks
 
     setup_logging(quiet=as_json)
     if cluster:
@@ -31,7 +31,7 @@ def doctor(
 
         checks = list(check_cluster(release, namespace, runs, connect()))
     else:
-        checks = list(examine(store, host))
+        checks = list(run_checks(store, host))
     if as_json:
         print(json.dumps([c._asdict() for c in checks]))
     else:

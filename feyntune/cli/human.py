@@ -18,8 +18,8 @@ Completed = Annotated[
     list[Path], typer.Option("--completions", help="Folder with completions, of `evaluate` or `ask`; repeatable.")
 ]
 Endpoints = Annotated[Path, typer.Option(help="YAML file of endpoints (docs/people.md).")]
-CHOICE_EXAMPLE = '{"rule": "paper", "decoding": "sampled"}'
-ChoiceOption = Annotated[str, typer.Option(help=f"Which completions, as JSON, such as '{CHOICE_EXAMPLE}'.")]
+FILTER_EXAMPLE = '{"rule": "paper", "decoding": "sampled"}'
+FilterOption = Annotated[str, typer.Option(help=f"Which completions, as JSON, such as '{FILTER_EXAMPLE}'.")]
 
 
 @app.command(epilog="Example: feyntune ask evaluation/scores --endpoints endpoints.yaml --system claude --out answers")
@@ -55,7 +55,7 @@ def judge(
     out: Out,
     papers: Annotated[int, typer.Option(help="Number of papers, each judged in both orders.")] = 100,
     pairs: Annotated[str, typer.Option(help="base (every system against it) or all.")] = "base",
-    choice: ChoiceOption = "{}",
+    filter: FilterOption = "{}",
     show_reference: Annotated[bool, typer.Option(help="Show the judge the abstract's own continuation.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +65,7 @@ def judge(
 
     setup_logging(quiet=as_json)
     values = {"papers": papers, "pairs": pairs, "show_reference": show_reference}
-    config = validated(JudgeConfig, {**values, "choice": parse_object(choice, "--choice", CHOICE_EXAMPLE)})
+    config = validated(JudgeConfig, {**values, "filter": parse_object(filter, "--filter", FILTER_EXAMPLE)})
     judge(completions, _endpoint(load_endpoints(endpoints), name, endpoints), out, config)
     summary = json.loads((out / "summary.json").read_text())
     lines = []
@@ -97,7 +97,7 @@ def study_make(
     system: Annotated[list[str] | None, typer.Option(help="System beside the base; repeatable; all by default.")] = (
         None
     ),
-    choice: ChoiceOption = "{}",
+    filter: FilterOption = "{}",
     show_reference: Annotated[bool, typer.Option(help="Show raters the abstract's own continuation.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws; random by default; written to the key.")] = None,
 ) -> None:
@@ -106,7 +106,7 @@ def study_make(
 
     setup_logging()
     values = {"raters": rater, "papers": papers, "common": common, "show_reference": show_reference}
-    config = validated(StudyConfig, {**values, "choice": parse_object(choice, "--choice", CHOICE_EXAMPLE)})
+    config = validated(StudyConfig, {**values, "filter": parse_object(filter, "--filter", FILTER_EXAMPLE)})
     make(completions, out, key, config, seed, system or [])
     print(f"{out}: {len(rater)} sheets; {key}: the key, keep it from raters")
 

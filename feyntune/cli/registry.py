@@ -93,7 +93,7 @@ def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False)
 
 @registry_app.command("show", epilog="Example: feyntune registry show champion")
 def registry_show(name: VersionName, registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
-    """Show one version: its lineage, the gate's verdict, and its model card."""
+    """Show one version: its lineage, the gate's result, and its model card."""
     setup_logging(quiet=as_json)
     opened = open_registry(registry)
     version = opened.resolve(name)

@@ -1,4 +1,4 @@
-"""Hold every variant against the base on the same abstracts, and write the verdict, the tables and the report."""
+"""Hold every variant against the base on the same abstracts, and write the conclusion, the tables and the report."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ def compare(
         corpus: the sealed `corpus` of the split, for its figures in the report.
         failures: sealed `failure` folders of branches that gave no result.
         adapter_uris: where each adapter lies in the store, by name; goes into the summary for `register`.
-        people, judges: a sealed `study-result` and `judgement`s made on completions in these evaluations.
+        people, judges: a sealed `study-result` and `judgment`s made on completions in these evaluations.
 
     Raises:
         UserError: the base or a variant is missing or there twice; a variant was measured on another test set, on
@@ -117,7 +117,7 @@ def compare(
             system = summary["base"] if name == BASE else summary["variants"][name]
             system["memorization"] = measured["test"]["share"]
     rows = table(summary)
-    summary["verdict"] = _verdict(systems, groups.primary, rows, config)
+    summary["conclusion"] = _conclusion(systems, groups.primary, rows, config)
     if completions is not None:
         decoding = summary["completions"]["settings"]["decodings"][0]
         summary["completions"]["examples"] = completion_stats.examples(
@@ -279,7 +279,7 @@ def _figures(systems: dict[str, _System], rows: np.ndarray, config: CompareConfi
     return result
 
 
-def _verdict(
+def _conclusion(
     systems: dict[str, _System], rows: np.ndarray, ranked: list[dict[str, Any]], config: CompareConfig
 ) -> dict[str, Any]:
     """The best variant significantly better than the base, and its difference from the next one."""

@@ -1,7 +1,7 @@
 """A study and judges in a comparison: whether they belong to it, their tables, and their part of the report.
 
 Both are read from their artifacts alone: summary.json and summary.md of a `study-result`, summary.json and rubric.txt
-of a `judgement`.
+of a `judgment`.
 """
 
 import csv
@@ -32,7 +32,7 @@ HOW_JUDGED = {
 def attach(
     evaluations: Mapping[str, Manifest], people: str | Path | None, judges: Sequence[str | Path]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a `study-result` and `judgement`s that were made on these evaluations' completions.
+    """Read a `study-result` and `judgment`s that were made on these evaluations' completions.
 
     Returns:
         `study` and `judges` for the summary (each only where given), and the digests for the inputs.
@@ -53,7 +53,7 @@ def attach(
         }
         inputs["study"] = manifest.digest
     for folder in judges:
-        manifest = open_artifact(folder, "judgement")
+        manifest = open_artifact(folder, "judgment")
         _check(folder, manifest, evaluations)
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
         name = summary["judge"]["name"]
@@ -220,7 +220,7 @@ def _study_sentences(study: dict[str, Any]) -> list[str]:
 def _judge_sentences(judge: dict[str, Any]) -> list[str]:
     about, position, unusable = judge["judge"], judge["position"], judge["unusable"]
     answers = f"{about['answers']:,} of {about['questions']:,} questions were answered"
-    sentences = [f"{answers}, {unusable['count']:,} gave no usable verdict; they cost {about['cost']:.4g}."]
+    sentences = [f"{answers}, {unusable['count']:,} gave no usable judgment; they cost {about['cost']:.4g}."]
     if about["stopped"]:
         sentences.append(f"The judge {about['stopped']}.")
     share = position["share_first"]

@@ -53,8 +53,8 @@ def render(
         css=(here / "report.css").read_text(encoding="utf-8"),
         summary=summary,
         rows=rows,
-        verdict=verdict(summary),
-        best=summary["verdict"]["best"],
+        conclusion=conclusion(summary),
+        best=summary["conclusion"]["best"],
         forest=_forest(rows),
         transfer=_transfer(summary, rows),
         learning=_learning(curves, rows),
@@ -74,9 +74,9 @@ def render(
 SIGNIFICANT = "95 % CI, Holm-adjusted p < 0.05"
 
 
-def verdict(summary: dict[str, Any]) -> list[str]:
+def conclusion(summary: dict[str, Any]) -> list[str]:
     """The result in sentences: which variant, how significant, at what cost."""
-    test, result, variants = summary["test"], summary["verdict"], summary["variants"]
+    test, result, variants = summary["test"], summary["conclusion"], summary["variants"]
     n = f"{test['abstracts']:,} test abstracts of {test['category']}"
     if not variants:
         return [f"No variant was measured on the {n}."]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from feyntune.evaluation.completion_stats import TRUNCATIONS
-from feyntune.evaluation.report import budget, verdict
+from feyntune.evaluation.report import budget, conclusion
 from feyntune.names import BASE
 
 # Perplexity on the hep-th test set, mean over abstracts (FeynTune, arXiv 2508.03716).
@@ -62,7 +62,7 @@ _ENDS = {"": "mean", "_low": "low", "_high": "high"}
 def to_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     head = ["system", "perplexity (mean over abstracts)", "token-weighted", "bits per byte", "minus base (95 %)"]
     head += ["Holm p", "train tokens", "published"]
-    lines = [*verdict(summary), "", *_head(head)]
+    lines = [*conclusion(summary), "", *_head(head)]
     for r in rows:
         cells = [r["system"], _show(r["abstract_mean"], ".3f"), _show(r["token"], ".3f")]
         cells.append(_show(r["bits_per_byte"], ".4f"))

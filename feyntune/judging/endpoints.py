@@ -166,7 +166,7 @@ class Answer(BaseModel):
 
     Attributes:
         metered: the endpoint counted the tokens; otherwise they are the most it can have been.
-        unusable: why the answer is of no use (empty, refused, no verdict); such an answer is paid for, never reused.
+        unusable: why the answer is of no use (empty, refused, no judgment); such an answer is paid for, never reused.
     """
 
     key: str

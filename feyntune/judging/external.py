@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, write_artifact
-from feyntune.artifacts.completions import Choice, completions_in, gather
+from feyntune.artifacts.completions import CompletionFilter, completions_in, read_completions
 from feyntune.errors import UserError
 from feyntune.judging import endpoints
 from feyntune.judging.endpoints import Answer, Endpoint, Question, archive_partial, is_partial
@@ -47,7 +47,7 @@ class AskConfig(BaseModel):
     """Which prompts are completed.
 
     Attributes:
-        rule, split: see feyntune.artifacts.completions.Choice.
+        rule, split: see feyntune.artifacts.completions.CompletionFilter.
         papers: how many; always the same ones, those of a smaller number among them.
     """
 
@@ -81,10 +81,10 @@ def ask(
     if BASE not in taken:
         raise UserError(f"{evaluation} holds no completions of the base: give an evaluation that does.")
     decoding = pq.read_table(Path(evaluation) / taken[BASE], columns=["decoding"])["decoding"].to_pylist()
-    choice = Choice(
+    filter = CompletionFilter(
         rule=config.rule, split=config.split, decoding="sampled" if "sampled" in decoding else "greedy"
     )  # prompts are the same for both
-    given = gather([evaluation], choice)
+    given = read_completions([evaluation], filter)
     inputs = {"test": given.test, "prompts": given.digests[BASE]}
     stored = {**config.model_dump(mode="json"), "systems": {s.name: s.public() for s in systems}}
     if (out / MANIFEST).is_file():

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, write_artifact
-from feyntune.artifacts.completions import Choice, Gathered, gather
+from feyntune.artifacts.completions import CompletionFilter, SystemCompletions, read_completions
 from feyntune.errors import UserError
 from feyntune.judging.endpoints import Answers, Endpoint, Question, archive_partial, ask, is_partial
 from feyntune.names import BASE
@@ -53,7 +53,7 @@ class JudgeConfig(BaseModel):
     """What is judged.
 
     Attributes:
-        choice: which completions.
+        filter: which completions.
         papers: how many; always the same ones, those of a smaller number among them.
         pairs: every system against the base, or all against all.
         show_reference: let the judge read the reference continuation. The study does not show it either by default.
@@ -62,7 +62,7 @@ class JudgeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    choice: Choice = Choice()
+    filter: CompletionFilter = CompletionFilter()
     papers: int = Field(100, ge=2)
     pairs: Literal["base", "all"] = "base"
     show_reference: bool = False
@@ -70,7 +70,7 @@ class JudgeConfig(BaseModel):
     seed: int = 1
 
 
-class Verdict(BaseModel):
+class Judgment(BaseModel):
     """What a judge must answer. Further fields are let be."""
 
     score_a: int = Field(ge=1, le=10)
@@ -84,7 +84,7 @@ class Verdict(BaseModel):
 def judge(
     folders: Sequence[str | Path], endpoint: Endpoint, out: str | Path, config: JudgeConfig | None = None
 ) -> Manifest:
-    """Have `endpoint` judge the systems in `folders` into a sealed `judgement`: judgements.parquet, summary.json.
+    """Have `endpoint` judge the systems in `folders` into a sealed `judgment`: judgments.parquet, summary.json.
 
     Answers that cannot be used, and questions without an answer, stay in the table with the reason and are counted.
 
@@ -92,44 +92,44 @@ def judge(
         folders: sealed `evaluation` and `answers` folders on one test set, the base's among them.
 
     Raises:
-        UserError: see gather; fewer than two systems; the endpoint does not work; `out` holds something else.
+        UserError: see read_completions; fewer than two systems; the endpoint does not work; `out` holds something else.
         Interrupted: stopped; the answers there are were kept.
     """
     config = config or JudgeConfig()
     out = Path(out)
     if endpoint.api != "chat":
         raise UserError(f"Endpoint {endpoint.name}: a judge must be of api chat.")
-    given = gather(folders, config.choice)
+    given = read_completions(folders, config.filter)
     if len(given.texts) < 2:
         raise UserError("There is nothing to judge: give the completions of a variant beside the base's.")
     stored = {**config.model_dump(mode="json"), "judge": endpoint.public()}
     if (out / MANIFEST).is_file():
-        done = open_artifact(out, "judgement")
+        done = open_artifact(out, "judgment")
         if (done.inputs, done.config) != (given.inputs(), stored):
-            raise UserError(f"{out} holds judgements of something else: choose another folder.")
+            raise UserError(f"{out} holds judgments of something else: choose another folder.")
         if not is_partial(json.loads((out / "summary.json").read_text(encoding="utf-8"))["judge"]):
             return done
         archive_partial(out)
     pairs = duels(list(given.texts), config.pairs)
     # Paper by paper, both orders together: a cap that ends the run early leaves whole papers.
     asked = [(i, *order) for i in given.first(config.papers) for x, y in pairs for order in ((x, y), (y, x))]
-    with write_artifact(out, "judgement", given.inputs(), stored) as folder:
-        answers = ask(endpoint, [question(given, config, *a) for a in asked], out.parent, _no_verdict)
+    with write_artifact(out, "judgment", given.inputs(), stored) as folder:
+        answers = ask(endpoint, [question(given, config, *a) for a in asked], out.parent, _why_unusable)
         rows = [_row(given, answers, n, *a) for n, a in enumerate(asked)]
         if not any(row.get("better") for row in rows):
             reason = next(iter(answers.stats()["reasons"]), answers.stopped)
             raise UserError(
-                f"Judge {endpoint.name} gave no usable verdict on {len(rows)} questions ({reason}): correct its "
+                f"Judge {endpoint.name} gave no usable judgment on {len(rows)} questions ({reason}): correct its "
                 "settings or take another judge, then start again."
             )
         summary = summarize(rows, pairs, config)
         summary["judge"] = {**endpoint.public(), **answers.stats()}
         summary["judge"]["judges_itself"] = sorted(n for n, model in given.models.items() if model == endpoint.model)
-        summary["choice"] = config.choice.model_dump(mode="json")
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder.path / "judgements.parquet")
+        summary["filter"] = config.filter.model_dump(mode="json")
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder.path / "judgments.parquet")
         (folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         (folder.path / "rubric.txt").write_text(RUBRIC + "\n", encoding="utf-8")
-    return open_artifact(out, "judgement")
+    return open_artifact(out, "judgment")
 
 
 def duels(systems: list[str], pairs: str) -> list[tuple[str, str]]:
@@ -139,7 +139,7 @@ def duels(systems: list[str], pairs: str) -> list[tuple[str, str]]:
     return [(y, x) for x, y in combinations(systems, 2)]
 
 
-def question(given: Gathered, config: JudgeConfig, identifier: str, first: str, second: str) -> Question:
+def question(given: SystemCompletions, config: JudgeConfig, identifier: str, first: str, second: str) -> Question:
     """What the judge reads: no name of a system, no id of the paper."""
     passage = given.papers[identifier]
     parts = [("prompt", passage.prompt)]
@@ -150,13 +150,13 @@ def question(given: Gathered, config: JudgeConfig, identifier: str, first: str, 
     return Question(RUBRIC, text)
 
 
-def parse(answer: str) -> Verdict | str:
-    """The verdict in a judge's answer, or why there is none.
+def parse(answer: str) -> Judgment | str:
+    """The judgment in a judge's answer, or why there is none.
 
-    The last JSON object that is a verdict counts: a judge that thinks aloud drafts some before it. Text around it is
+    The last JSON object that is a judgment counts: a judge that thinks aloud drafts some before it. Text around it is
     ignored.
     """
-    why, verdict, end = "no JSON object", None, 0
+    why, judgment, end = "no JSON object", None, 0
     decoder = json.JSONDecoder()
     for start in (i for i, c in enumerate(answer) if c == "{"):
         if start < end:  # inside the last object
@@ -167,23 +167,25 @@ def parse(answer: str) -> Verdict | str:
             continue
         end = start + length
         try:
-            verdict = Verdict.model_validate(value)
+            judgment = Judgment.model_validate(value)
         except ValidationError as e:
             problem = e.errors(include_url=False)[0]
             why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    if verdict is None:
+    if judgment is None:
         return why
-    if (verdict.score_a - verdict.score_b) * {"a": 1, "b": -1, "tie": 0}[verdict.better] < 0:
+    if (judgment.score_a - judgment.score_b) * {"a": 1, "b": -1, "tie": 0}[judgment.better] < 0:
         return "contradicts its scores"
-    return verdict
+    return judgment
 
 
-def _no_verdict(answer: str) -> str | None:
-    verdict = parse(answer)
-    return verdict if isinstance(verdict, str) else None
+def _why_unusable(answer: str) -> str | None:
+    judgment = parse(answer)
+    return judgment if isinstance(judgment, str) else None
 
 
-def _row(given: Gathered, answers: Answers, number: int, identifier: str, first: str, second: str) -> dict[str, Any]:
+def _row(
+    given: SystemCompletions, answers: Answers, number: int, identifier: str, first: str, second: str
+) -> dict[str, Any]:
     row: dict[str, Any] = {"id": identifier, "primary": given.papers[identifier].primary}
     row |= {"first": first, "second": second}
     answer = answers.answers[number]
@@ -192,10 +194,10 @@ def _row(given: Gathered, answers: Answers, number: int, identifier: str, first:
         row["answer"] = unusable.text if unusable else None
         return {**row, "unusable": answers.failures.get(number, "not asked: the cap")}
     row["answer"] = answer.text
-    verdict = parse(answer.text)
-    assert isinstance(verdict, Verdict), "unusable answers were sorted out before"
-    row |= {"better": {"a": "first", "b": "second", "tie": "tie"}[verdict.better], "reason": verdict.reason}
-    return {**row, "score_first": verdict.score_a, "score_second": verdict.score_b}
+    judgment = parse(answer.text)
+    assert isinstance(judgment, Judgment), "unusable answers were sorted out before"
+    row |= {"better": {"a": "first", "b": "second", "tie": "tie"}[judgment.better], "reason": judgment.reason}
+    return {**row, "score_first": judgment.score_a, "score_second": judgment.score_b}
 
 
 def summarize(rows: list[dict[str, Any]], pairs: list[tuple[str, str]], config: JudgeConfig) -> dict[str, Any]:

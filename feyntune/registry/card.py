@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from feyntune.artifacts.artifact import Manifest
-from feyntune.registry.gate import Measured, Verdict
+from feyntune.registry.gate import GateResult, Measured
 
 _TAGS = ["lora", "peft", "safetensors", "arxiv", "physics", "feyntune"]
 _USE = """```python
@@ -25,7 +25,7 @@ def model_card(
     lora: dict[str, Any],
     lineage: dict[str, str],
     measured: Measured,
-    verdict: Verdict,
+    gate: GateResult,
     training: dict[str, Any],
 ) -> str:
     """The README.md of one adapter: YAML front matter, then Markdown.
@@ -53,8 +53,8 @@ def model_card(
         f"Variant minus base, paired over abstracts: {_figure(delta.mean)}, "
         f"95 % interval [{_figure(delta.low)}, {_figure(delta.high)}] (below zero is better).",
         *([] if measured.memorization is None else [f"Memorization: {_figure(measured.memorization)}."]),
-        "Gate: " + ("passed" if verdict.passed else "refused") + ".",
-        "\n".join(f"- {c.clause}: {c.message}" for c in verdict.clauses),
+        "Gate: " + ("passed" if gate.passed else "refused") + ".",
+        "\n".join(f"- {c.clause}: {c.message}" for c in gate.clauses),
         "## Trained",
         _table(("setting", "value"), [(k, str(v)) for k, v in sorted(_flat({**adapter.config, **training}).items())]),
         "## Made from",

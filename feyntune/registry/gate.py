@@ -92,7 +92,7 @@ class Clause(BaseModel):
     message: str = Field(validation_alias=AliasChoices("message", "says"))  # "says" before 0.2
 
 
-class Verdict(BaseModel):
+class GateResult(BaseModel):
     """All clauses of one policy (by digest) on one variant."""
 
     model_config = ConfigDict(frozen=True)
@@ -134,7 +134,7 @@ def read_policy(path: str | Path | None) -> Policy:
         raise UserError(f"Policy {path}: {clause}: {error['msg']}; clauses: {', '.join(Policy.model_fields)}.") from e
 
 
-def judge(measured: Measured, policy: Policy) -> Verdict:
+def check_gate(measured: Measured, policy: Policy) -> GateResult:
     """Hold one variant's measurements against every clause that does not concern the champion."""
     delta, limit = measured.delta, 0.0 - policy.margin_over_base
     clauses = [
@@ -156,7 +156,7 @@ def judge(measured: Measured, policy: Policy) -> Verdict:
     ]
     if policy.maximum_memorization is not None:
         clauses.append(_memorization(measured.memorization, policy.maximum_memorization))
-    return Verdict(policy=policy.digest, clauses=clauses)
+    return GateResult(policy=policy.digest, clauses=clauses)
 
 
 def compare_to_champion(challenger: Measured, champion: Measured | None, policy: Policy) -> Clause:

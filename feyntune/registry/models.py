@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from feyntune.errors import UserError
 from feyntune.names import slug
-from feyntune.registry.gate import Measured, Verdict
+from feyntune.registry.gate import GateResult, Measured
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
@@ -44,7 +44,7 @@ class Version(BaseModel):
     targets: list[str]
     lineage: dict[str, str]
     measured: Measured
-    verdict: Verdict
+    gate: GateResult = Field(validation_alias=AliasChoices("gate", "verdict"))  # "verdict" before 0.2
     stage: Stage = "candidate"
     added: str = ""
     promoted: str = ""
@@ -136,9 +136,9 @@ class State:
     def failing(self) -> dict[str, str]:
         """Aliases whose version failed the gate when it was measured again, with the reasons."""
         return {
-            alias: "; ".join(self.versions[name].verdict.reasons)
+            alias: "; ".join(self.versions[name].gate.reasons)
             for alias, name in self.aliases.items()
-            if not self.versions[name].verdict.passed
+            if not self.versions[name].gate.passed
         }
 
     @property

@@ -18,8 +18,8 @@ from feyntune.registry.gate import (
     Measured,
     Perplexity,
     Policy,
+    check_gate,
     compare_to_champion,
-    judge,
     read_policy,
 )
 from feyntune.registry.models import CHAMPION, SHORT, ConflictError, State, Version
@@ -246,10 +246,10 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
         "comparison": comparison,
     }
     lineage = {what: of for what, of in lineage.items() if of}
-    verdict = judge(measured, policy)
+    gate = check_gate(measured, policy)
     with write_artifact(card, "card", inputs={"adapter": manifest.digest, "comparison": comparison}) as card_folder:
         training = {k: v for k, v in summary.variants[name].items() if k in ("train_tokens", "seconds")}
-        text = model_card(name, manifest, lora, lineage, measured, verdict, training)
+        text = model_card(name, manifest, lora, lineage, measured, gate, training)
         (card_folder.path / "README.md").write_text(text, encoding="utf-8")
         evaluation = {"measured": measured.model_dump(), "summary": summary.variants[name]}
         (card_folder.path / "evaluation.json").write_text(
@@ -265,7 +265,7 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
         targets=sorted(lora["target_modules"]),
         lineage=lineage,
         measured=measured,
-        verdict=verdict,
+        gate=gate,
     )
 
 
@@ -307,8 +307,8 @@ def _compare_to_predecessor(version: Version, state: State, policy: Policy) -> C
 
 def _registered(state: State, name: str, policy: Policy) -> Registered:
     version, champion = state.versions[name], state.aliases.get(CHAMPION)
-    if not version.verdict.passed:
-        reasons = version.verdict.reasons
+    if not version.gate.passed:
+        reasons = version.gate.reasons
     elif version.stage == "archived":
         reasons = ["it is archived: restore it to serve it"]
     elif version.stage == "staging" and version.promoted:
@@ -326,7 +326,7 @@ def _registered(state: State, name: str, policy: Policy) -> Registered:
     return Registered(
         version=name,
         stage=version.stage,
-        promoted=version.stage == "production" and version.verdict.passed,
+        promoted=version.stage == "production" and version.gate.passed,
         champion=name == champion,
         reasons=reasons,
     )

@@ -122,7 +122,7 @@ class Registry:
         new = []
         for version, adapter, card in adapters:
             existing = seen.versions.get(version.name)
-            if existing is None or (existing.card, existing.verdict) != (version.card, version.verdict):
+            if existing is None or (existing.card, existing.gate) != (version.card, version.gate):
                 push(self.store, adapter, version.adapter)
                 push(self.store, card, version.card)
                 new.append(version)
@@ -159,8 +159,8 @@ class Registry:
             ConflictError: one of the aliases is no longer where it was in `seen`.
         """
         for version in versions:
-            if not version.verdict.passed:
-                raise UserError(f"{version.name} did not pass the gate: {'; '.join(version.verdict.reasons)}.")
+            if not version.gate.passed:
+                raise UserError(f"{version.name} did not pass the gate: {'; '.join(version.gate.reasons)}.")
         moves = {a: Move(old=seen.aliases.get(a), new=v.name) for a, v in aliases.items()}
         return self._decide(seen, "promote", versions=[v.name for v in versions], moves=moves)
 

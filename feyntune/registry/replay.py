@@ -76,7 +76,7 @@ def _rejection(event: Event, versions: dict[str, Version], stacks: dict[str, lis
         version = versions[name]
         if event.kind == "promote" and version.stage == "archived":
             return f"{name} is archived"
-        if event.kind == "promote" and not version.verdict.passed:
+        if event.kind == "promote" and not version.gate.passed:
             return f"{name} did not pass the gate"
         held = [alias for alias, stack in stacks.items() if stack[-1:] == [name]]
         if event.kind == "archive" and held:
@@ -106,7 +106,7 @@ def _apply(event: Event, versions: dict[str, Version], stacks: dict[str, list[st
             keep = {"stage": existing.stage, "added": existing.added, "promoted": existing.promoted}
         versions[new.name] = new.model_copy(update=keep)
         if versions[new.name].stage in ("candidate", "staging"):
-            update(new.name, stage="staging" if new.verdict.passed else "candidate")
+            update(new.name, stage="staging" if new.gate.passed else "candidate")
     for name in event.versions:
         version = versions[name]
         if event.kind == "promote":
@@ -114,7 +114,7 @@ def _apply(event: Event, versions: dict[str, Version], stacks: dict[str, list[st
         elif event.kind == "archive":
             update(name, stage="archived")
         elif event.kind == "rollback" or (event.kind == "restore" and version.stage == "archived"):
-            update(name, stage="staging" if version.verdict.passed else "candidate")
+            update(name, stage="staging" if version.gate.passed else "candidate")
     for alias, move in event.moves.items():
         stack = stacks.setdefault(alias, [])
         if event.kind == "promote" and move.new is not None:

@@ -92,7 +92,7 @@ def figures(ratings: Sequence[Rating], items: Mapping[str, Mapping[str, str]], c
         "how": HOW,
         "resamples": resamples,
         "seed": seed,
-        "choice": config["choice"],
+        "filter": config["filter"] if "filter" in config else config["choice"],  # "choice" before 0.2
         "show_reference": config["show_reference"],
     }
 

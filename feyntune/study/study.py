@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from feyntune.artifacts.artifact import Manifest, open_artifact, write_artifact
-from feyntune.artifacts.completions import Choice, gather
+from feyntune.artifacts.completions import CompletionFilter, read_completions
 from feyntune.errors import UserError
 from feyntune.names import BASE
 from feyntune.study.figures import figures, markdown
@@ -48,7 +48,7 @@ class StudyConfig(BaseModel):
         raters: short names, better not the people's own: they stand in the results.
         papers: drawn at random; `common` of them are scored by all raters, the others by one each. By default 25 and
             5, or fewer where all systems completed fewer; the key says how many.
-        choice: which completions.
+        filter: which completions.
         show_reference: show the reference continuation. FeynTune does not say whether its raters saw it.
         rubric: what raters are told.
     """
@@ -64,7 +64,7 @@ class StudyConfig(BaseModel):
     common: int | None = Field(
         None, ge=0, description="Of them, those that all raters score; by default 5, or all where those are fewer."
     )
-    choice: Choice = Choice()
+    filter: CompletionFilter = CompletionFilter()
     show_reference: bool = False
     rubric: str = RUBRIC
 
@@ -99,7 +99,7 @@ def make(
         systems: those to show beside the base; all by default.
 
     Raises:
-        UserError: see gather; fewer papers than asked for; an unknown system; an output folder is not empty.
+        UserError: see read_completions; fewer papers than asked for; an unknown system; an output folder is not empty.
     """
     out, key = Path(out), Path(key)
     if key.resolve() == out.resolve() or out.resolve() in key.resolve().parents:
@@ -107,7 +107,7 @@ def make(
     for place in (out, key):
         if place.exists() and any(place.iterdir()):
             raise UserError(f"{place} is not empty: a study is never overwritten, choose another folder.")
-    given = gather(folders, config.choice)
+    given = read_completions(folders, config.filter)
     for name in systems:
         if name not in given.texts:
             raise UserError(f"There are no completions of {name}, only of {', '.join(given.texts)}.")

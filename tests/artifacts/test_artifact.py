@@ -101,6 +101,10 @@ def test_the_wrong_kind_is_refused(tmp_path):
         open_artifact(make(tmp_path / "f"), kind="split")
 
 
+def test_a_kind_that_was_renamed_opens_by_its_new_name(tmp_path):
+    assert open_artifact(make(tmp_path / "f", kind="judgement"), kind="judgment").kind == "judgement"
+
+
 def test_other_users_can_read_what_was_written_privately(tmp_path):
     with write_artifact(tmp_path / "f", "thing") as tmp:
         (tmp.path / "a").write_text("a")

@@ -65,7 +65,7 @@ def test_differences_are_those_of_the_perplexities(compared):
         assert variant["delta"]["low"] <= variant["delta"]["mean"] <= variant["delta"]["high"]
 
 
-def test_other_categories_go_into_the_transfer_matrix_and_not_into_the_verdict(compared):
+def test_other_categories_go_into_the_transfer_matrix_and_not_into_the_conclusion(compared):
     summary = summary_of(compared)
     assert {c: t["abstracts"] for c, t in summary["transfer"].items()} == {"hep-th": 12, "gr-qc": 5}
     of = {c: t["systems"][QKV]["perplexity"]["abstract_mean"] for c, t in summary["transfer"].items()}
@@ -73,11 +73,11 @@ def test_other_categories_go_into_the_transfer_matrix_and_not_into_the_verdict(c
     assert of["gr-qc"] != of["hep-th"]
 
 
-def test_the_verdict_names_the_best_variant(tmp_path, evaluations, adapters, tiny_split):
+def test_the_conclusion_names_the_best_variant(tmp_path, evaluations, adapters, tiny_split):
     ahead = better(evaluations[1], tmp_path / "ahead", 0.5)
     compare([evaluations[0], ahead, evaluations[2]], adapters, tiny_split, tmp_path / "out", config=QUICK)
     summary = summary_of(tmp_path / "out")
-    assert summary["verdict"]["best"] == QKV
+    assert summary["conclusion"]["best"] == QKV
     assert summary["variants"][QKV]["delta"]["high"] < 0
     assert summary["variants"][QKV]["share_better"] == 1
     page = (tmp_path / "out/report.html").read_text()
@@ -87,7 +87,7 @@ def test_the_verdict_names_the_best_variant(tmp_path, evaluations, adapters, tin
 def test_worse_variants_give_no_best(tmp_path, evaluations, adapters, tiny_split):
     worse = [better(e, tmp_path / e.name, 1.3) for e in evaluations[1:]]
     compare([evaluations[0], *worse], adapters, tiny_split, tmp_path / "out", config=QUICK)
-    assert summary_of(tmp_path / "out")["verdict"]["best"] is None
+    assert summary_of(tmp_path / "out")["conclusion"]["best"] is None
     assert "None of 2 variants is significantly better" in (tmp_path / "out/report.html").read_text()
 
 
@@ -238,7 +238,7 @@ def test_completions_of_other_prompts_are_refused(tmp_path, evaluations, adapter
 
 
 def test_memorization_reaches_the_gate(tmp_path, evaluations, adapters, tiny_split):
-    from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
+    from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, check_gate
 
     heart = changed_completions(
         evaluations[1], tmp_path / "heart", lambda r: {"overlap": 6.0 if r["decoding"] == "greedy" else 5.0}
@@ -257,7 +257,7 @@ def test_memorization_reaches_the_gate(tmp_path, evaluations, adapters, tiny_spl
         delta=Interval.model_validate(variant["delta"]),
         memorization=variant["memorization"],
     )
-    clauses = {c.clause: c for c in judge(measured, Policy(maximum_memorization=0.01)).clauses}
+    clauses = {c.clause: c for c in check_gate(measured, Policy(maximum_memorization=0.01)).clauses}
     assert not clauses["maximum_memorization"].passed
     assert "memorization is 0.5" in clauses["maximum_memorization"].message
 

@@ -97,7 +97,7 @@ def test_in_a_browser_everything_is_visible_and_nothing_is_fetched(tmp_path, com
     assert {u for u in urls if not u.startswith(own)} <= {shown.as_uri(), "about:srcdoc"}
 
 
-# In the order of the issue: verdict and perplexity first, how to reproduce last.
+# In the order of the issue: conclusion and perplexity first, how to reproduce last.
 SECTIONS = [
     "Failed branches",
     "Perplexity",

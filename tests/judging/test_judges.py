@@ -5,11 +5,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from feyntune.artifacts.artifact import open_artifact
-from feyntune.artifacts.completions import Choice, gather
+from feyntune.artifacts.completions import CompletionFilter, read_completions
 from feyntune.errors import UserError
 from feyntune.judging.endpoints import Endpoint
 from feyntune.judging.external import AskConfig, ask, truncate
-from feyntune.judging.judges import JudgeConfig, Verdict, judge, parse
+from feyntune.judging.judges import JudgeConfig, Judgment, judge, parse
 from tests.servers.openai import OpenAI
 from tests.study.factories import ALL, QKV, SEEDS, completion_rows, make_evaluation
 
@@ -28,7 +28,7 @@ def shown(body):
     return [re.search(f"<continuation_{x}>\n(.*?)\n</", text, re.DOTALL)[1] for x in "ab"]
 
 
-def fair_judge(body):
+def honest_judge(body):
     """Goes by the first word of a continuation."""
     a, b = (QUALITY[text.split()[0]] for text in shown(body))
     better = "A" if a > b else "B" if b > a else "tie"
@@ -37,7 +37,7 @@ def fair_judge(body):
 
 @pytest.fixture
 def server():
-    with OpenAI(fair_judge).running() as running:
+    with OpenAI(honest_judge).running() as running:
         yield running
 
 
@@ -55,7 +55,7 @@ def summary_of(folder):
 def test_win_rates_count_both_orders_and_ties(server, folders, tmp_path):
     judge(folders, endpoint(server), tmp_path / "out", QUICK)
     result = {d["system"]: d for d in summary_of(tmp_path / "out")["duels"]}
-    papers = gather(folders, QUICK.choice).first(8)
+    papers = read_completions(folders, QUICK.filter).first(8)
     odd = sum(int(p[-3:]) % 2 == 0 for p in papers)  # hep-th/9901001 is number 0
     assert (result[ALL]["wins"], result[ALL]["ties"], result[ALL]["losses"]) == (8, 0, 0)
     assert (result[QKV]["wins"], result[QKV]["ties"], result[QKV]["losses"]) == (odd, 8 - odd, 0)
@@ -82,7 +82,7 @@ def test_a_judge_that_always_prefers_one_place_is_seen_and_decides_nothing(serve
 
 def test_the_judge_sees_texts_in_both_orders_and_no_name(server, folders, tmp_path):
     judge(folders, endpoint(server, max_concurrent_requests=1), tmp_path / "out", QUICK)
-    given = gather(folders, QUICK.choice)
+    given = read_completions(folders, QUICK.filter)
     asked = [body["messages"][-1]["content"] for body in server.requests]
     assert len(asked) == 2 * 2 * 8
     for word in ("base", "lora", "qkv", "hep-th", "9901", "reference continuation"):
@@ -110,9 +110,9 @@ def test_all_pairs(server, folders, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "result"),
     [
-        ('{"score_a": 7, "score_b": 3, "better": "A"}', Verdict(score_a=7, score_b=3, better="a")),
-        ('```json\n{"better": " TIE", "score_b": 3, "score_a": 3}\n```', Verdict(score_a=3, score_b=3, better="tie")),
-        ('In \\frac{1}{2} {"score_a": 1, "score_b": 10, "better": "b"}.', Verdict(score_a=1, score_b=10, better="b")),
+        ('{"score_a": 7, "score_b": 3, "better": "A"}', Judgment(score_a=7, score_b=3, better="a")),
+        ('```json\n{"better": " TIE", "score_b": 3, "score_a": 3}\n```', Judgment(score_a=3, score_b=3, better="tie")),
+        ('In \\frac{1}{2} {"score_a": 1, "score_b": 10, "better": "b"}.', Judgment(score_a=1, score_b=10, better="b")),
         ("A is better.", "no JSON object"),
         ('{"score_a": 7, "score_b":', "no JSON object"),
         ('{"score_a": 11, "score_b": 3, "better": "A"}', "score_a: Input should be less than or equal to 10"),
@@ -121,24 +121,24 @@ def test_all_pairs(server, folders, tmp_path):
         ('{"score_a": 7, "score_b": 3, "better": "B"}', "contradicts its scores"),
         (
             'First {"score_a": 2, "score_b": 9, "better": "B"}? No: {"score_a": 7, "score_b": 3, "better": "A"}',
-            Verdict(score_a=7, score_b=3, better="a"),
+            Judgment(score_a=7, score_b=3, better="a"),
         ),
         ("{" * 5000, "no JSON object"),
     ],
 )  # fmt: skip
-def test_verdicts_and_what_is_none(answer, result):
+def test_judgments_and_what_is_none(answer, result):
     assert parse(answer) == result
 
 
 def test_answers_of_no_use_are_counted_and_kept(server, folders, tmp_path):
     useless = {3: "I cannot judge this.", 6: '{"score_a": 7, "score_b": 3, "better": "B"}'}
-    server.answer = lambda body: useless.get(len(server.requests), "") or fair_judge(body)
+    server.answer = lambda body: useless.get(len(server.requests), "") or honest_judge(body)
     server.faults = {9: "400"}
     judge(folders, endpoint(server, max_concurrent_requests=1, retries=0), tmp_path / "out", QUICK)
     summary = summary_of(tmp_path / "out")
     assert (summary["unusable"]["count"], summary["unusable"]["of"]) == (3, 32)
     assert {"no JSON object": 1, "contradicts its scores": 1}.items() <= summary["unusable"]["reasons"].items()
-    rows = pq.read_table(tmp_path / "out" / "judgements.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "out" / "judgments.parquet").to_pylist()
     assert len(rows) == 32
     assert {r["answer"] for r in rows if r["unusable"]} == {*useless.values(), None}
     assert sum(d["papers"] for d in summary["duels"]) == 16 - 3
@@ -146,8 +146,8 @@ def test_answers_of_no_use_are_counted_and_kept(server, folders, tmp_path):
     assert summary["judge"]["failed"] == 1
 
 
-def test_unusable_verdicts_are_asked_again_by_the_same_command(server, folders, tmp_path):
-    server.answer = lambda body: "Hmm." if len(server.requests) == 3 else fair_judge(body)
+def test_unusable_judgments_are_asked_again_by_the_same_command(server, folders, tmp_path):
+    server.answer = lambda body: "Hmm." if len(server.requests) == 3 else honest_judge(body)
     once = endpoint(server, max_concurrent_requests=1)
     judge(folders, once, tmp_path / "out", QUICK)
     assert summary_of(tmp_path / "out")["unusable"]["reasons"] == {"no JSON object": 1}
@@ -156,12 +156,12 @@ def test_unusable_verdicts_are_asked_again_by_the_same_command(server, folders, 
     assert len(server.requests) == 33
 
 
-def test_a_judge_without_any_verdict_is_an_error_that_says_why(server, folders, tmp_path):
+def test_a_judge_without_any_judgment_is_an_error_that_says_why(server, folders, tmp_path):
     server.answer = lambda body: "I like both."
-    with pytest.raises(UserError, match=r"no usable verdict on 32 questions \(no JSON object\)"):
+    with pytest.raises(UserError, match=r"no usable judgment on 32 questions \(no JSON object\)"):
         judge(folders, endpoint(server), tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()
-    server.answer = fair_judge
+    server.answer = honest_judge
     judge(folders, endpoint(server), tmp_path / "other", QUICK)  # the useless answers are not reused
     assert summary_of(tmp_path / "other")["judge"]["answers"] == 32
 
@@ -183,13 +183,13 @@ def test_a_cap_leaves_whole_papers_and_says_so(server, folders, tmp_path):
     assert summary_of(tmp_path / "out.part") == summary
 
 
-def test_a_judgement_names_what_it_judged_and_is_not_made_twice(server, folders, tmp_path):
+def test_a_judgment_names_what_it_judged_and_is_not_made_twice(server, folders, tmp_path):
     made = judge(folders, endpoint(server), tmp_path / "out", QUICK)
     both = open_artifact(folders[1])
     assert made.inputs["test"] == both.inputs["test"]
     assert made.inputs[f"completions of {QKV}"] == both.files["completions/hep-th.lora-qkv.parquet"].sha256
     assert judge(folders, endpoint(server), tmp_path / "out", QUICK) == made
-    with pytest.raises(UserError, match="judgements of something else"):
+    with pytest.raises(UserError, match="judgments of something else"):
         judge(folders, endpoint(server), tmp_path / "out", QUICK.model_copy(update={"papers": 4}))
     judge(folders, endpoint(server), tmp_path / "other", QUICK)
     assert server.answered == 32
@@ -199,37 +199,37 @@ def test_a_judgement_names_what_it_judged_and_is_not_made_twice(server, folders,
 
 
 def test_the_chosen_completions_are_taken(folders):
-    for choice, mark in (
-        (Choice(), f"[{SEEDS[0]}]"),
-        (Choice(seed=SEEDS[1]), f"[{SEEDS[1]}]"),
-        (Choice(text="completion"), "and runs on"),
+    for filter, mark in (
+        (CompletionFilter(), f"[{SEEDS[0]}]"),
+        (CompletionFilter(seed=SEEDS[1]), f"[{SEEDS[1]}]"),
+        (CompletionFilter(text="completion"), "and runs on"),
     ):
-        given = gather(folders, choice)
+        given = read_completions(folders, filter)
         assert len(given.papers) == 10  # without the hold-out
         assert all(text.endswith(mark) for text in given.texts[QKV].values())
-    greedy = gather(folders, Choice(decoding="greedy", rule="careful", split="holdout"))
+    greedy = read_completions(folders, CompletionFilter(decoding="greedy", rule="careful", split="holdout"))
     assert [p.prompt for p in greedy.papers.values()] == [f"Beginning {n} under the careful rule." for n in (10, 11)]
     assert list(greedy.texts) == ["base", ALL, QKV]
 
 
 def test_what_does_not_belong_together_is_refused(folders, tmp_path):
-    choice = Choice()
+    filter = CompletionFilter()
     with pytest.raises(UserError, match="The base model's completions are not given"):
-        gather(folders[1:], choice)
-    with pytest.raises(UserError, match="base is there twice"):
-        gather([folders[0], folders[0]], choice)
+        read_completions(folders[1:], filter)
+    with pytest.raises(UserError, match="base is given twice"):
+        read_completions([folders[0], folders[0]], filter)
     other = make_evaluation(tmp_path / "other", {QKV: str}, test="8" * 64)
     with pytest.raises(UserError, match="was made on test set 8888888888888888"):
-        gather([folders[0], other], choice)
+        read_completions([folders[0], other], filter)
     changed = {QKV: [{**row, "prompt": row["prompt"] + "!"} for row in completion_rows(str)]}
     with pytest.raises(UserError, match="Not all systems were given the same prompt of hep-th/9901001"):
-        gather([folders[0], make_evaluation(tmp_path / "changed", changed)], choice)
+        read_completions([folders[0], make_evaluation(tmp_path / "changed", changed)], filter)
     with pytest.raises(UserError, match=r"has no sampled completions \(rule paper, test, seed 99\)"):
-        gather(folders, Choice(seed=99))
+        read_completions(folders, CompletionFilter(seed=99))
 
 
 def test_fewer_papers_are_among_more(folders):
-    given = gather(folders, Choice())
+    given = read_completions(folders, CompletionFilter())
     assert given.first(3) == given.first(7)[:3]
     assert given.first(10) != sorted(given.papers)
 
@@ -248,13 +248,13 @@ def test_an_endpoint_completes_the_same_prompts_and_becomes_a_system(server, fol
     table = pq.read_table(tmp_path / "asked" / "completions" / "claude.parquet")
     rows = table.to_pylist()
     assert table.column_names == list(completion_rows(str)[0])
-    assert [r["id"] for r in rows] == sorted(gather(folders, Choice()).first(6))
+    assert [r["id"] for r in rows] == sorted(read_completions(folders, CompletionFilter()).first(6))
     for r in rows:
         assert r["completion"].startswith(" good")
         assert r["truncated"].split()[0] == "good"
         assert "hope" not in r["truncated"]
         assert (r["seed"], r["temperature"], r["decoding"], r["stop_reason"]) == (None, 0.7, "sampled", "eos")
-    server.answer = fair_judge
+    server.answer = honest_judge
     judge([*folders, tmp_path / "asked"], endpoint(server, model="c-1"), tmp_path / "out", QUICK)
     result = {d["system"]: d for d in summary_of(tmp_path / "out")["duels"]}
     assert result["claude"]["wins"] == result["claude"]["papers"] == 6

@@ -182,7 +182,7 @@ def test_a_champion_that_fails_when_measured_again_is_reported(tmp_path):
     registry.add([(version, adapter, card)])
     registry.promote(version.name)
     assert registry.snapshot().failing == {}
-    failed = version.verdict.clauses[0].model_copy(update={"passed": False, "message": "worse now"})
-    again = version.model_copy(update={"verdict": version.verdict.model_copy(update={"clauses": [failed]})})
+    failed = version.gate.clauses[0].model_copy(update={"passed": False, "message": "worse now"})
+    again = version.model_copy(update={"gate": version.gate.model_copy(update={"clauses": [failed]})})
     registry.add([(again, adapter, card)])
     assert registry.snapshot().failing["champion"] == "worse now"

@@ -9,8 +9,8 @@ from feyntune.registry.gate import (
     Measured,
     Perplexity,
     Policy,
+    check_gate,
     compare_to_champion,
-    judge,
     read_policy,
 )
 
@@ -28,16 +28,16 @@ def measured(mean=-2.0, low=-3.0, high=-1.0, abstracts=100, token=-2.0, test="t"
 
 
 def test_an_interval_below_zero_passes():
-    assert judge(measured(), Policy()).passed
-    assert judge(measured(), Policy()).reasons == []
+    assert check_gate(measured(), Policy()).passed
+    assert check_gate(measured(), Policy()).reasons == []
 
 
 @pytest.mark.parametrize("high", [0.0, 0.5])
 def test_an_interval_that_reaches_zero_is_refused_and_says_by_how_much(high):
-    verdict = judge(measured(high=high), Policy())
-    assert not verdict.passed
+    gate = check_gate(measured(high=high), Policy())
+    assert not gate.passed
     message = f"variant minus base is -2, 95 % interval [-3, {high:.4g}]"
-    assert verdict.reasons == [f"{message}: its upper end must lie below 0 and is {high:.4g} above"]
+    assert gate.reasons == [f"{message}: its upper end must lie below 0 and is {high:.4g} above"]
 
 
 @given(
@@ -52,26 +52,26 @@ def test_whatever_the_policy_no_variant_passes_whose_interval_does_not_lie_below
     mean, down, up, abstracts, margin, metric
 ):
     policy = Policy(metric=metric, margin_over_base=margin, minimum_abstracts=1)
-    found = judge(measured(mean, mean - down, mean + up, abstracts), policy)
+    found = check_gate(measured(mean, mean - down, mean + up, abstracts), policy)
     assert found.passed == (mean + up < -margin)
 
 
 def test_a_margin_over_the_base_is_asked_of_the_upper_end():
-    assert judge(measured(high=-1.0), Policy(margin_over_base=0.9)).passed
-    refused = judge(measured(high=-1.0), Policy(margin_over_base=1.5))
+    assert check_gate(measured(high=-1.0), Policy(margin_over_base=0.9)).passed
+    refused = check_gate(measured(high=-1.0), Policy(margin_over_base=1.5))
     assert "must lie below -1.5 and is 0.5 above" in refused.reasons[0]
 
 
 def test_too_few_abstracts_are_refused_and_counted():
-    assert judge(measured(abstracts=30), Policy()).passed
-    assert judge(measured(abstracts=29), Policy()).reasons == [
+    assert check_gate(measured(abstracts=30), Policy()).passed
+    assert check_gate(measured(abstracts=29), Policy()).reasons == [
         "measured on 29 abstracts, the policy asks for 30: 1 too few"
     ]
 
 
 def test_every_failed_clause_is_named():
-    verdict = judge(measured(high=1, abstracts=3, memorization=0.5), Policy(maximum_memorization=0.1))
-    assert [c.clause for c in verdict.clauses if not c.passed] == [
+    gate = check_gate(measured(high=1, abstracts=3, memorization=0.5), Policy(maximum_memorization=0.1))
+    assert [c.clause for c in gate.clauses if not c.passed] == [
         "below_base",
         "minimum_abstracts",
         "maximum_memorization",
@@ -80,15 +80,15 @@ def test_every_failed_clause_is_named():
 
 @pytest.mark.parametrize(("found", "passes"), [(0.1, True), (0.11, False), (None, False)])
 def test_memorisation_is_held_against_its_maximum_and_must_have_been_measured(found, passes):
-    assert judge(measured(memorization=found), Policy(maximum_memorization=0.1)).passed is passes
-    assert judge(measured(memorization=found), Policy()).passed
+    assert check_gate(measured(memorization=found), Policy(maximum_memorization=0.1)).passed is passes
+    assert check_gate(measured(memorization=found), Policy()).passed
 
 
 def test_by_tokens_a_variant_must_gain_by_tokens_too():
-    assert judge(measured(token=0.5), Policy()).passed
-    verdict = judge(measured(token=0.5), Policy(metric="token"))
-    assert not verdict.passed
-    assert "its token perplexity is 0.5 above the base's" in verdict.reasons[0]
+    assert check_gate(measured(token=0.5), Policy()).passed
+    gate = check_gate(measured(token=0.5), Policy(metric="token"))
+    assert not gate.passed
+    assert "its token perplexity is 0.5 above the base's" in gate.reasons[0]
 
 
 def test_the_champion_is_replaced_by_a_better_one_only():

@@ -15,7 +15,7 @@ import pytest
 from feyntune.artifacts.artifact import ArtifactError, write_artifact
 from feyntune.artifacts.store import FolderStore, StoreError, open_store
 from feyntune.errors import UserError
-from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
+from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, check_gate
 from feyntune.registry.models import ConflictError, Deployment, Version
 from feyntune.registry.registry import Registry
 from feyntune.registry.replay import diff
@@ -49,7 +49,7 @@ def entry(folder: Path, variant="hep-th/lora-qkv", seed=0, mean=-2.0, passes=Tru
         targets=["q_proj"],
         lineage={"corpus": "c" * 64, "adapter": digest},
         measured=measured,
-        verdict=judge(measured, Policy()),
+        gate=check_gate(measured, Policy()),
     )
     return version, where, card
 

@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
+from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, check_gate
 from feyntune.registry.models import Event, State, Version
 from feyntune.registry.replay import ordered, replay
 
@@ -27,7 +27,7 @@ VERSIONS = [
         targets=["q_proj"],
         lineage={},
         measured=_MEASURED,
-        verdict=judge(_MEASURED, Policy()),
+        gate=check_gate(_MEASURED, Policy()),
     )
     for i, mixture in enumerate(["hep-th", "hep-th", "gr-qc"])
 ]
@@ -144,3 +144,9 @@ def test_a_long_history_folds_without_recursion():
     state = replay(events)
     assert state.heads == ["02999"]
     assert [e.name for e in state.history] == sorted(events)
+
+
+def test_a_version_registered_before_0_2_is_read() -> None:
+    old = VERSIONS[0].model_dump()
+    old["verdict"] = old.pop("gate")
+    assert Version.model_validate(old) == VERSIONS[0]

@@ -10,7 +10,7 @@ from feyntune.artifacts.artifact import read_manifest, write_artifact
 from feyntune.model.base import folder_digest
 from feyntune.model.load import load_base
 from feyntune.names import slug
-from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, judge
+from feyntune.registry.gate import Interval, Measured, Perplexity, Policy, check_gate
 from feyntune.registry.models import Version
 from feyntune.registry.registry import Registry
 
@@ -78,7 +78,7 @@ def version_of(variant: str, folder: Path, perplexity: float = 9.0) -> Version:
         targets=sorted(config["target_modules"]),
         lineage={"base": manifest.inputs["base"], "split": manifest.inputs["split"]},
         measured=measured,
-        verdict=judge(measured, Policy()),
+        gate=check_gate(measured, Policy()),
     )
 
 

@@ -32,7 +32,7 @@ def opinion(body):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, evaluations):
-    """The evaluations with completions, and a study and a judgement of them."""
+    """The evaluations with completions, and a study and a judgment of them."""
     root = tmp_path_factory.mktemp("told")
     complete = [with_completions(e, root / e.name, "text") for e in evaluations]
     make(complete, root / "study", root / "key", StudyConfig(raters=RATERS, papers=6, common=3), seed=5)

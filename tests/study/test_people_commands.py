@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from feyntune.artifacts.artifact import open_artifact
 from feyntune.cli.main import app
 from feyntune.errors import UserError
-from tests.judging.test_judges import fair_judge
+from tests.judging.test_judges import honest_judge
 from tests.servers.openai import OpenAI
 from tests.study.factories import QKV, make_evaluation
 
@@ -26,9 +26,9 @@ def evaluation(tmp_path):
     return make_evaluation(tmp_path / "evaluation", {"base": lambda n: f"poor {n}", QKV: lambda n: f"fair {n}"})
 
 
-def test_from_completions_to_verdicts_and_scores(evaluation, tmp_path, monkeypatch):
+def test_from_completions_to_judgments_and_scores(evaluation, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "sk-1")
-    reply = lambda body: fair_judge(body) if "<prompt>" in body["messages"][-1]["content"] else "good rest"
+    reply = lambda body: honest_judge(body) if "<prompt>" in body["messages"][-1]["content"] else "good rest"
     with OpenAI(reply, key="sk-1").running() as server:
         settings = {
             "base_url": server.url,
@@ -49,10 +49,10 @@ def test_from_completions_to_verdicts_and_scores(evaluation, tmp_path, monkeypat
         with pytest.raises(UserError, match="has no endpoint other, only claude, gpt"):
             run("judge", *both, "--endpoints", tmp_path / "e.json", "--judge", "other", "--out", tmp_path / "x")
     run("study", "make", *both, "--rater", "a", "--rater", "b", "--papers", 4, "--common", 2,
-        "--out", tmp_path / "study", "--key", tmp_path / "key", "--choice", '{"text": "completion"}')  # fmt: skip
+        "--out", tmp_path / "study", "--key", tmp_path / "key", "--filter", '{"text": "completion"}')  # fmt: skip
     sheet = tmp_path / "study" / "sheets" / "a.csv"
     assert "and runs on" in sheet.read_text()
-    assert open_artifact(tmp_path / "key").config["choice"]["text"] == "completion"
+    assert open_artifact(tmp_path / "key").config["filter"]["text"] == "completion"
     returned = tmp_path / "a.csv"
     returned.write_text(sheet.read_text(encoding="utf-8-sig").replace(",,\n", ",4,\n"))
     table = run("study", "score", tmp_path / "study", "--key", tmp_path / "key", "--sheets", returned,
@@ -66,7 +66,7 @@ def test_settings_that_cannot_be_are_named(evaluation, tmp_path):
     make = ["study", "make", "--completions", evaluation, "--out", tmp_path / "s", "--key", tmp_path / "k"]
     with pytest.raises(UserError, match=r"raters: rater 'a/b'"):
         run(*make, "--rater", "a/b")
-    with pytest.raises(UserError, match=r"choice.rule: Input should be 'paper' or 'careful'"):
-        run(*make, "--rater", "a", "--choice", '{"rule": "mine"}')
+    with pytest.raises(UserError, match=r"filter.rule: Input should be 'paper' or 'careful'"):
+        run(*make, "--rater", "a", "--filter", '{"rule": "mine"}')
     with pytest.raises(UserError, match=r"nothing\.yaml: No such file"):
         run("ask", evaluation, "--endpoints", tmp_path / "nothing.yaml", "--out", tmp_path / "x")
