@@ -228,6 +228,18 @@ def _is_unit(path: Path) -> bool:
 
 
 @pytest.fixture(autouse=True)
+def _log_of_its_own():
+    """`setup()` binds the log to the standard error of the test that calls it: the next test gets the log as it was."""
+    import logging
+
+    log = logging.getLogger("feyntune")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+@pytest.fixture(autouse=True)
 def _unit_tests_stay_alone(request, monkeypatch):
     """A test marked `unit` starts no process and listens on no port, so that `make check` stays under a minute."""
     if request.node.get_closest_marker("unit") is None:

@@ -274,14 +274,17 @@ def ask(
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     k, _ = running.pop(future)
+                    error: openai.OpenAIError | ValueError | None = None
                     try:
                         answer = future.result()
                         reason = _unusable(answer, endpoint, check)
                         journal.add(answer.model_copy(update={"unusable": reason}))
                     except (openai.OpenAIError, ValueError) as e:
-                        errors[k] = _reason(e, key)
+                        error = e
+                    if error is not None:  # outside of `except`: a log that fails would print it, perhaps with the key
+                        errors[k] = _reason(error, key)
                         in_a_row += 1
-                        fatal = getattr(e, "status_code", None) in (401, 402, 403, 404) or _out_of_quota(e)
+                        fatal = getattr(error, "status_code", None) in (401, 402, 403, 404) or _out_of_quota(error)
                         if fatal or in_a_row >= GIVE_UP:
                             broken = errors[k]
                         log.warning("%s: no answer: %s", endpoint.name, errors[k])

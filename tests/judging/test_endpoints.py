@@ -1,7 +1,9 @@
 """Asking endpoints: over real HTTP, with real faults, killed and resumed."""
 
 import errno
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -245,7 +247,15 @@ def test_a_killed_run_goes_on_and_pays_nothing_twice(server, tmp_path, how):
     assert set(asked) == {f"word {i}" for i in range(12)}
 
 
-def test_the_key_is_nowhere_but_in_the_request(server, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def log_that_fails(monkeypatch):
+    """The project's log writes to a closed stream: Python prints what it was doing to standard error."""
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(logging.getLogger("feyntune"), "handlers", [logging.StreamHandler(closed)])
+
+
+def test_the_key_is_nowhere_but_in_the_request(server, tmp_path, capfd, log_that_fails):
     key_file = tmp_path / "secret" / "key"
     key_file.parent.mkdir()
     key_file.write_text(KEY + "\n")

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FEW = {"papers": 4, "max_new_tokens": 16, "similarity": False}
 RECIPE = {
     "train": {"precision": "fp32", "learning_rate": 3e-3, "epochs": 2},
-    "evaluate": {"precision": "fp32", "completions": FEW},
+    "evaluate": {"precision": "fp32", "completions": FEW, "categories": ["hep-th"]},
 }
 GOOD, BAD = "hep-th/lora-qkv", "hep-th+q-bio+cs/lora-all"
 
