@@ -112,11 +112,11 @@ class Engine:
         losses, stop = [], threading.Event()
         started = clock()
         for batch in batches:
-            loss, _ = accumulate_gradients(batch, self.step, self.config, self.runner, self.gradient, self.group, stop)
+            accumulate_gradients(batch, self.step, self.config, self.runner, self.gradient, self.group, stop)
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.step += 1
-            losses.append(loss)
+            losses.append(self.gradient[-2].item())
         return clock() - started, losses
 
 

@@ -17,7 +17,7 @@ from feyntune.training.config import TrainConfig
 def test_paper_yaml_holds_the_defaults() -> None:
     recipe = _file(FOLDER / "paper.yaml")
     assert read_recipe() == {}
-    assert set(TrainConfig().identity()) - set(recipe["train"]) == {"max_steps", "max_length", "deterministic_shards"}
+    assert set(TrainConfig().identity()) - set(recipe["train"]) == {"max_steps", "max_length"}
 
 
 @pytest.mark.parametrize("name", ["paper", "tiny"])

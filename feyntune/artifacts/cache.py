@@ -40,7 +40,9 @@ VERSIONED_FILES = {
         "model/packed.py",
         "training/batches.py",
         "training/dropout.py",
+        "training/lora.py",
         "training/loss.py",
+        "training/runner.py",
         "training/train.py",
     ),
     EVALUATION_VERSION: (

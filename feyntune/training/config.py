@@ -51,21 +51,13 @@ class TrainConfig(BaseModel):
         None, ge=8, description="Tokens per document; longer ones are split. None: the base model's context."
     )
     seed: NonNegativeInt = Field(0, description="Seed of the adapter's initialization, the data order and dropout.")
-    deterministic: bool = Field(
-        False, description="Identical bytes on any number of devices. CPU only, up to 1.2 times slower."
-    )
-    deterministic_shards: PositiveInt = Field(
-        6, description="Parts of a batch in deterministic mode; must be divisible by the number of devices."
-    )
     validation_papers: NonNegativeInt = Field(
         1000, description="Papers of the validation split that are scored at the end of each epoch."
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
     devices: PositiveInt = Field(1, description="Processes, one per device, each with a full copy of the base.")
-    threads: PositiveInt | None = Field(
-        None, description="CPU threads per process. None: torch's default, or 1 in deterministic mode."
-    )
+    threads: PositiveInt | None = Field(None, description="CPU threads per process. None: torch's default.")
     micro_batch_tokens: PositiveInt | None = Field(
         None, description="Most tokens per forward pass. None: chosen for the device's memory."
     )
@@ -87,21 +79,6 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _combinations(self) -> "TrainConfig":
-        if self.deterministic and self.deterministic_shards % self.devices:
-            raise ValueError(
-                f"{self.deterministic_shards} deterministic_shards cannot be divided among {self.devices} devices: "
-                "set deterministic_shards to a multiple of devices"
-            )
-        if self.deterministic and self.device == "cuda":
-            raise ValueError(
-                "deterministic training runs on CPUs only, because the backward pass of GPU attention adds in no "
-                "fixed order: leave deterministic off"
-            )
-        if self.deterministic and self.compile:
-            raise ValueError(
-                "deterministic training runs the same kernels everywhere, which torch.compile chooses for each "
-                "machine: leave one of the two off"
-            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
         return self
@@ -136,7 +113,6 @@ RENAMED = {
     "clip": "max_grad_norm",
     "steps": "max_steps",
     "batch": "global_batch_size",
-    "slots": "deterministic_shards",
     "checkpoint_layers": "activation_checkpointing_layers",
     "loss_words": "vocab_chunk_size",
 }

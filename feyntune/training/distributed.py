@@ -36,14 +36,6 @@ class ProcessGroup:
             dist.all_reduce(values)
         return values
 
-    def all_gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """`values` of every process, in the order of the ranks."""
-        if self.world_size == 1:
-            return [values]
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(parts, values)
-        return parts
-
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite `tensors` in every process with rank 0's."""
         if self.world_size > 1:
@@ -83,17 +75,13 @@ def init_process_group(config: TrainConfig) -> ProcessGroup:
     cuda = config.device == "cuda" or (config.device == "auto" and get_device().type == "cuda")
     if cuda and torch.cuda.device_count() < world_size:
         raise UserError(f"devices is {world_size}, but this machine has {torch.cuda.device_count()} GPUs: lower it.")
-    if cuda and config.deterministic:
-        raise UserError("deterministic training runs on CPUs only: set device to cpu, or deterministic to false.")
     if config.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise UserError("compile needs a C compiler at run time, and the images have none: set compile to false.")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    threads = config.threads or (1 if config.deterministic else None)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     if cuda:
         torch.cuda.set_device(device)
-    torch.use_deterministic_algorithms(config.deterministic)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
     return ProcessGroup(rank, world_size, device)

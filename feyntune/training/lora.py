@@ -17,7 +17,7 @@ from feyntune.training.dropout import DropoutMasks
 
 
 class _AddLora(torch.autograd.Function):
-    """y + scale * (x * keep) A^T B^T, written into y."""
+    """y + scale * (x * keep) A^T B^T, written into y; `dropped` is gain * x * keep, or None without dropout."""
 
     @staticmethod
     def forward(
@@ -27,11 +27,13 @@ class _AddLora(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
+        dropped: torch.Tensor | None,
         keep: torch.Tensor | None,
+        gain: float,
     ) -> torch.Tensor:
-        a16, b16, x2 = a.to(y.dtype), b.to(y.dtype), x.to(y.dtype).flatten(0, -2)
-        dropped = x2 if keep is None else x2 * keep.flatten(0, -2)
-        hidden = (dropped @ a16.T).mul_(scale)
+        a16, b16 = a.to(y.dtype), b.to(y.dtype)
+        read = (x if dropped is None else dropped).to(y.dtype).flatten(0, -2)
+        hidden = (read @ a16.T).mul_(scale / gain)
         y.view(-1, y.shape[-1]).addmm_(hidden, b16.T)
         ctx.save_for_backward(x, a, b, hidden, *(() if keep is None else (keep,)))
         ctx.scale = scale
@@ -53,12 +55,12 @@ class _AddLora(torch.autograd.Function):
             if mask:
                 dx.mul_(mask[0])
             dx = dx.to(x.dtype)
-        return dy, dx, da, db, None, None
+        return dy, dx, da, db, None, None, None, None
 
 
 def fuse_lora(model: PeftModel, p: float) -> DropoutMasks:
     """Compute every LoRA layer of `model` by the function above, with dropout `p`; returns its masks."""
-    masks = DropoutMasks(p)
+    masks = DropoutMasks(p, framework=next(model.parameters()).is_cuda)
     layers: list[Any] = [m for _, m in sorted(model.named_modules()) if isinstance(m, LoraLayer)]
     for i, layer in enumerate(layers):
         layer.forward = partial(_forward, layer, i, masks)
@@ -70,10 +72,9 @@ def _forward(layer: Any, index: int, masks: DropoutMasks, x: torch.Tensor, *args
     if layer.disable_adapters:
         return y
     a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-    keep = None
-    if layer.training and masks.p > 0:
-        keep, scale = masks.keep(x, index), scale / (1 - masks.p)
-    return _AddLora.apply(y, x, a, b, scale, keep)
+    if not (layer.training and masks.p > 0):
+        return _AddLora.apply(y, x, a, b, scale, None, None, 1.0)
+    return _AddLora.apply(y, x, a, b, scale / (1 - masks.p), *masks.apply(x, index))
 
 
 def fuse_norms(model: PeftModel) -> None:
@@ -85,4 +86,6 @@ def fuse_norms(model: PeftModel) -> None:
 
 
 def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    # CUDA's autocast would compute in fp32 and return fp32 (ATen/autocast_mode.h); the kernel sums in fp32 by itself.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)

@@ -101,7 +101,8 @@ def resume(
             for moment, value in moments.items():
                 value.copy_(checkpoint.tensors[f"{moment}.{name}"])
         group.broadcast([p, *moments.values()])
-        optimizer.state[p] = {"step": torch.tensor(float(state.step)), **moments}
+        # The fused optimizer of a GPU reads the step there.
+        optimizer.state[p] = {"step": torch.tensor(float(state.step), device=p.device), **moments}
     for param_group in optimizer.param_groups:
         param_group["initial_lr"] = param_group["lr"]  # what a schedule that starts in the middle reads
     if group.rank == 0:

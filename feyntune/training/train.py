@@ -180,8 +180,10 @@ def _train(
 
             started = time.monotonic()
             batch = global_batch(examples, config.global_batch_size, state.step, config.seed)
-            loss, stopped = accumulate_gradients(batch, state.step, config, runner, gradient, group, stop)
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
+            accumulate_gradients(batch, state.step, config, runner, gradient, group, stop)
+            norm_tensor = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            # The only values that the host waits for in a step.
+            loss, stopped, norm = torch.stack((*gradient[-2:], norm_tensor)).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _diverged(variant, state.step, loss, norm, batch, checkpointer, config)
             learning_rate = schedule.get_last_lr()[0]
@@ -256,31 +258,18 @@ def accumulate_gradients(
     gradient: torch.Tensor,
     group: ProcessGroup,
     stop: threading.Event,
-) -> tuple[float, bool]:
-    """Leave the gradient of the whole global batch in every process; returns its mean loss and whether to stop.
+) -> None:
+    """Leave the gradient of the whole global batch in every process: each computes one part of the batch.
 
-    Normally each process computes one part of the batch and all-reduce adds the parts in an order of its own. In
-    deterministic mode the batch has a fixed number of parts, whoever computes them, whose gradients are added in order.
+    Args:
+        gradient: the flat buffer; its last two values become the batch's mean loss and how many processes shall stop.
     """
-    shards = config.deterministic_shards if config.deterministic else None
-    parts = divide([len(d.tokens) for d in batch], shards or group.world_size)
-    count = predicted(batch)
-    shard_gradients = []
-    for positions in parts[group.rank :: group.world_size]:
-        gradient.zero_()
-        seeds = document_seeds(config.seed, step, positions)
-        runner.backward([batch[i] for i in positions], seeds, count, gradient)
-        if shards:
-            shard_gradients.append(gradient.clone())
-    if shards:
-        gathered = group.all_gather(torch.stack(shard_gradients))
-        gradient.zero_()
-        for shard in range(shards):
-            gradient += gathered[shard % group.world_size][shard // group.world_size]
+    own = divide([len(d.tokens) for d in batch], group.world_size)[group.rank]
+    gradient.zero_()
+    seeds = document_seeds(config.seed, step, own)
+    runner.backward([batch[i] for i in own], seeds, predicted(batch), gradient)
     gradient[-1] = float(stop.is_set())
-    group.all_reduce(gradient[-1:] if shards else gradient)
-    loss, stop_requested = gradient[-2:].tolist()
-    return loss, stop_requested > 0
+    group.all_reduce(gradient)
 
 
 def validate(

@@ -10,7 +10,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from feyntune.errors import EXIT_INTERRUPTED, Interrupted
+from feyntune.training.batches import divide, predicted
+from feyntune.training.dropout import document_seeds
 
 
 def fork_training(job: dict[str, Any], ranks: int = 1, errors: Path | None = None) -> list[int]:
@@ -66,3 +71,26 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 def curve(out: str | Path) -> dict[str, Any]:
     return json.loads((Path(out) / "curve.json").read_text())
+
+
+def accumulate_in_shards(batch, step, config, runner, gradient, group, stop, shards=6):
+    """In place of `train.accumulate_gradients`: the same bytes on any number of devices that divides `shards`.
+
+    A batch has as many parts as `shards`, whoever computes them, and their gradients are added in order; all-reduce
+    adds in an order that depends on the number of processes.
+    """
+    own = []
+    for positions in divide([len(d.tokens) for d in batch], shards)[group.rank :: group.world_size]:
+        gradient.zero_()
+        seeds = document_seeds(config.seed, step, positions)
+        runner.backward([batch[i] for i in positions], seeds, predicted(batch), gradient)
+        own.append(gradient.clone())
+    gathered = [torch.stack(own)]
+    if group.world_size > 1:
+        gathered = [torch.empty_like(gathered[0]) for _ in range(group.world_size)]
+        dist.all_gather(gathered, torch.stack(own))
+    gradient.zero_()
+    for shard in range(shards):
+        gradient += gathered[shard % group.world_size][shard // group.world_size]
+    gradient[-1] = float(stop.is_set())
+    group.all_reduce(gradient[-1:])

@@ -4,8 +4,7 @@ from safetensors.torch import load_file, save_file
 from feyntune.artifacts.artifact import open_artifact
 from feyntune.errors import UserError
 from feyntune.training import train as recipe
-from feyntune.training.config import TrainConfig
-from tests.training.processes import curve, run_training
+from tests.training.processes import accumulate_in_shards, curve, run_training
 
 
 @pytest.fixture
@@ -35,8 +34,10 @@ def test_one_two_and_three_devices_train_the_same_adapter(job, masters):
         assert open_artifact(other["out"]).config == open_artifact(made[0]["out"]).config
 
 
-def test_deterministic_mode_gives_the_same_bytes_on_any_number_of_devices(job, masters):
-    made = [job(out=f"on-{n}", devices=n, deterministic=True) for n in (1, 2, 3)]
+def test_only_the_order_of_the_sum_differs_between_numbers_of_devices(job, masters, monkeypatch):
+    """With gradients added in a fixed order the bytes are the same: order of data, dropout, validation, optimizer."""
+    monkeypatch.setattr(recipe, "accumulate_gradients", accumulate_in_shards)
+    made = [job(out=f"on-{n}", devices=n) for n in (1, 2, 3)]
     for n, one in enumerate(made, 1):
         run_training(one, ranks=n)
     assert len({open_artifact(one["out"]).digest for one in made}) == 1  # masters and curve included
@@ -46,13 +47,6 @@ def test_a_last_batch_smaller_than_the_number_of_devices_is_trained(job):
     made = job(global_batch_size=47, devices=3, epochs=1)  # 48 papers: a second batch of one
     run_training(made, ranks=3)
     assert len(curve(made["out"])["loss"]) == 2
-
-
-def test_slots_that_the_devices_cannot_share_are_refused():
-    with pytest.raises(ValueError, match="multiple of devices"):
-        TrainConfig(deterministic=True, devices=4)
-    with pytest.raises(ValueError, match="CPUs only"):
-        TrainConfig(deterministic=True, device="cuda")
 
 
 def test_more_gpus_than_there_are_is_refused(job, monkeypatch):
