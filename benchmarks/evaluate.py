@@ -1,8 +1,8 @@
-"""How fast abstracts are scored, against the usual way, on the same abstracts and the same model in one run.
+"""How fast abstracts are scored, against the baseline, on the same abstracts and the same model in one run.
 
     python -m benchmarks.evaluate [--abstracts 400] [--adapters 2] [--json]
 
-The usual way (FeynTune's metrics.py and most others): for each system load the base and its adapter, tokenise,
+The baseline (FeynTune's metrics.py and most others): for each system load the base and its adapter, tokenize,
 random batches of 12 padded to the longest, the whole logits of a batch in fp32, cross-entropy. Ours is the
 `evaluate` step itself, from the split folder to the sealed scores, entropies included. Both score the base and
 every adapter in a process of their own, timed after the imports; the fastest of `--repeat` runs counts, and the
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=2, help="runs of each side, taken in turn; the fastest counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--side", choices=("make", "ours", "usual"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("make", "feyntune", "baseline"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side == "make":
@@ -44,20 +44,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         passed = ["--abstracts", str(args.abstracts), "--adapters", str(args.adapters), "--folder", folder]
         _run("make", passed)
-        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "usual": []}
+        runs: dict[str, list[dict[str, Any]]] = {"feyntune": [], "baseline": []}
         for _ in range(args.repeat):
             for side in runs:
                 runs[side].append(_run(side, passed))
     best = {side: min(results, key=lambda r: r["cpu_seconds"]) for side, results in runs.items()}
-    error = _largest_difference(best["ours"].pop("losses"), best["usual"].pop("losses"))
+    error = _largest_difference(best["feyntune"].pop("losses"), best["baseline"].pop("losses"))
     if error > 1e-4:
         sys.exit(f"the two sides differ by {error:.2g} nats a token in some abstract")
     summary = {
         "benchmark": "evaluate",
         "work": {"abstracts": args.abstracts, "systems": 1 + args.adapters, "model": SIZES},
-        "ours": best["ours"],
-        "theirs": best["usual"],
-        "ratio": round(best["usual"]["cpu_seconds"] / best["ours"]["cpu_seconds"], 2),
+        "feyntune": best["feyntune"],
+        "baseline": best["baseline"],
+        "ratio": round(best["baseline"]["cpu_seconds"] / best["feyntune"]["cpu_seconds"], 2),
         "largest_difference": error,
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": 1, "python": platform.python_version()},
     }
@@ -117,7 +117,7 @@ def make(folder: Path, abstracts: int, adapters: int) -> None:
             model.save_pretrained(out.path)
 
 
-def ours(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
+def run_feyntune(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
     """Mean loss of each abstract by system, through the evaluate step."""
     import pyarrow.parquet as pq
 
@@ -137,7 +137,7 @@ def ours(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
     return result
 
 
-def usual(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
+def run_baseline(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
     """The same in random padded batches of 12 with the whole logits of each."""
     import pyarrow.parquet as pq
     import torch
@@ -182,7 +182,7 @@ def _measure(side: str, folder: Path, adapters: int) -> None:
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
-    losses = (ours if side == "ours" else usual)(folder, adapters)
+    losses = (run_feyntune if side == "feyntune" else run_baseline)(folder, adapters)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     figures = {"seconds": round(seconds, 2), "cpu_seconds": round(_cpu_seconds(after) - _cpu_seconds(before), 2)}
     figures["peak_mb_above_start"] = round((after.ru_maxrss - before.ru_maxrss) / 1024)
@@ -200,10 +200,10 @@ def _run(side: str, passed: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout) if done.stdout else {}
 
 
-def _largest_difference(ours: dict[str, dict[str, float]], usual: dict[str, dict[str, float]]) -> float:
-    if {s: sorted(v) for s, v in ours.items()} != {s: sorted(v) for s, v in usual.items()}:
+def _largest_difference(feyntune: dict[str, dict[str, float]], baseline: dict[str, dict[str, float]]) -> float:
+    if {s: sorted(v) for s, v in feyntune.items()} != {s: sorted(v) for s, v in baseline.items()}:
         sys.exit("the two sides scored different abstracts")
-    return max(abs(ours[s][i] - usual[s][i]) for s in ours for i in ours[s])
+    return max(abs(feyntune[s][i] - baseline[s][i]) for s in feyntune for i in feyntune[s])
 
 
 def _cpu() -> str:
@@ -222,7 +222,7 @@ def _print(summary: dict[str, Any]) -> None:
     table = Table(title=f"{work['abstracts']} abstracts, {work['systems']} systems", title_justify="left")
     for column in ("", "CPU seconds", "seconds", "peak memory above start, MB"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, side in (("ours", summary["ours"]), ("usual way", summary["theirs"])):
+    for name, side in (("feyntune", summary["feyntune"]), ("baseline", summary["baseline"])):
         table.add_row(name, f"{side['cpu_seconds']}", f"{side['seconds']}", f"{side['peak_mb_above_start']}")
     console = Console()
     console.print(table)

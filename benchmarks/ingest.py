@@ -1,8 +1,8 @@
-"""How fast the Kaggle snapshot becomes a corpus, against the usual way, on one file in one run.
+"""How fast the Kaggle snapshot becomes a corpus, against the baseline, on one file in one run.
 
     python -m benchmarks.ingest [--mb 300] [--json]
 
-The usual way: json.loads line by line, into a pandas frame, then the filters of the notebooks that made the
+The baseline: json.loads line by line, into a pandas frame, then the filters of the notebooks that made the
 paper's corpus (primary category, date of version 1, withdrawn, white space), then Parquet. Both sides keep the
 three physics archives up to 2024-08-22, and both must keep the same papers, or the run fails. The file is
 synthetic, in the snapshot's format; 12 % of its records are of the three archives, as in the real one
@@ -33,21 +33,21 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=300, help="size of the file in MB (10^6 bytes)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each side, taken in turn; the fastest counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--side", choices=("ours", "usual"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("feyntune", "baseline"), help=argparse.SUPPRESS)
     parser.add_argument("paths", nargs="*", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        _measure(_ours if args.side == "ours" else _usual, *args.paths)
+        _measure(_feyntune if args.side == "feyntune" else _baseline, *args.paths)
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "snapshot.json"
         lines, kept_share = write_snapshot(file, args.mb * 1_000_000)
-        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "usual": []}
+        runs: dict[str, list[dict[str, Any]]] = {"feyntune": [], "baseline": []}
         for k in range(args.repeat):
             for side in runs:
                 runs[side].append(_run(side, file, Path(folder) / f"{side}.{k}"))
         best = {side: min(results, key=lambda r: r["cpu_seconds"]) for side, results in runs.items()}
-        if best["ours"]["papers"] != best["usual"]["papers"]:
+        if best["feyntune"]["papers"] != best["baseline"]["papers"]:
             sys.exit(f"the two sides kept different papers: {best}")
         size = file.stat().st_size
     for result in best.values():
@@ -56,9 +56,9 @@ def main() -> None:
     summary = {
         "benchmark": "ingest",
         "file": {"mb": round(size / 1e6), "records": lines, "share_of_the_three_archives": kept_share},
-        "ours": best["ours"],
-        "theirs": best["usual"],
-        "ratio": round(best["usual"]["cpu_seconds"] / best["ours"]["cpu_seconds"], 2),
+        "feyntune": best["feyntune"],
+        "baseline": best["baseline"],
+        "ratio": round(best["baseline"]["cpu_seconds"] / best["feyntune"]["cpu_seconds"], 2),
         "runs": {side: [r["cpu_seconds"] for r in results] for side, results in runs.items()},
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
@@ -84,27 +84,27 @@ def write_snapshot(path: Path, size: int) -> tuple[int, float]:
     for k, record in enumerate(physics):
         mixed += [record, *rest[k * stride : (k + 1) * stride]]
     mixed += rest[len(physics) * stride :]
-    number = written = ours = 0
+    number = written = selected = 0
     with path.open("wb") as f:
         while written < size:
             for record in mixed:
                 number += 1
                 record["id"] = f"{number // 90_000 % 18 + 7:02d}{number // 7_500 % 12 + 1:02d}.{number % 100_000:05d}"
-                ours += record["categories"].split()[0] in ARCHIVES
+                selected += record["categories"].split()[0] in ARCHIVES
                 written += f.write(orjson.dumps(record) + b"\n")
                 if written >= size:
                     break
-    return number, round(ours / number, 3)
+    return number, round(selected / number, 3)
 
 
-def _ours(file: Path, out: Path) -> str:
+def _feyntune(file: Path, out: Path) -> str:
     from feyntune.ingestion.ingest import ingest
 
     ingest(f"kaggle:{file}", out, until=UNTIL, categories=ARCHIVES)
     return str(out / "papers.parquet")
 
 
-def _usual(file: Path, out: Path) -> str:
+def _baseline(file: Path, out: Path) -> str:
     import pandas as pd
 
     rows = []
@@ -135,7 +135,7 @@ def _measure(side: Callable[[Path, Path], str], file: Path, out: Path) -> None:
 
     import pyarrow
 
-    if side is _usual:
+    if side is _baseline:
         import pandas  # noqa: F401
     else:
         import feyntune.ingestion.ingest
@@ -206,7 +206,7 @@ def _print(summary: dict[str, Any]) -> None:
     table = Table(title=f"ingest: {file['mb']} MB, {file['records']:,} records, Kaggle format, one core")
     for heading in ("", "CPU seconds", "MB/s", "peak memory, MB", "papers kept"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, key in (("feyntune ingest", "ours"), ("json.loads + pandas", "theirs")):
+    for name, key in (("feyntune ingest", "feyntune"), ("json.loads + pandas", "baseline")):
         side = summary[key]
         table.add_row(
             name, f"{side['cpu_seconds']:.2f}", f"{side['mb_per_s']:.0f}", str(side["peak_mb"]), f"{side['kept']:,}"

@@ -96,15 +96,15 @@ def main() -> None:
         for at_once in settings:
             runs.setdefault(f"{at_once} words", []).append(measure("walk", *sizes, at_once))
     rows = {}
-    for name, found in runs.items():
-        middle = sorted(found)[len(found) // 2]
+    for name, measurements in runs.items():
+        middle = sorted(measurements)[len(measurements) // 2]
         rows[name] = {
             "cpu_seconds": round(middle[0], 2),
             "peak_mib": round(middle[1] / 2**20, 1),
             "loss": middle[2],
             "gradient_norm": middle[3],
             "times_less_memory": round(runs["plain"][0][1] / middle[1], 1),
-            "times_faster": round(sorted(runs["plain"])[len(found) // 2][0] / middle[0], 2),
+            "times_faster": round(sorted(runs["plain"])[len(measurements) // 2][0] / middle[0], 2),
         }
     best = f"{settings[0]} words"
     result = {

@@ -125,8 +125,8 @@ async def throughput(folder: Path, base: str, rounds: int) -> dict[str, Any]:
     return {
         "benchmark": "serve",
         "load": {"adapters": ADAPTERS, "requests": REQUESTS, "tokens_each": TOKENS, "rank": 8},
-        "ours": {"tokens_per_s": round(statistics.median(runs["mixed"]))},
-        "theirs": {"tokens_per_s": round(statistics.median(runs["single"])), "what": "one request at a time"},
+        "feyntune": {"tokens_per_s": round(statistics.median(runs["mixed"]))},
+        "baseline": {"tokens_per_s": round(statistics.median(runs["single"])), "what": "one request at a time"},
         "base_alone": {"tokens_per_s": round(statistics.median(runs["base"]))},
         "ratio": over("mixed", "single"),
         "ratio_to_base_alone": over("mixed", "base"),

@@ -1,7 +1,7 @@
-"""The split step against the usual way: a random split in pandas, and datasketch document by document.
+"""The split step against the baseline: a random split in pandas, and datasketch document by document.
 
 Ours is the whole step: reading, duplicates, assignment, ten mixtures, writing, and the proof by an exact join. The
-usual way reads the same file, makes a random 70/15/15 split, and asks MinHashLSH for every document's duplicates,
+baseline reads the same file, makes a random 70/15/15 split, and asks MinHashLSH for every document's duplicates,
 as datasketch's documentation shows it; it writes and proves nothing.
 """
 
@@ -35,13 +35,13 @@ def main(papers: int = 5000, as_json: bool = typer.Option(False, "--json"), side
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "corpus"
         _write_corpus(folder, papers)
-        sides = {s: _in_a_process(s, folder) for s in ("ours", "usual")}
+        sides = {s: _in_a_process(s, folder) for s in ("feyntune", "baseline")}
     result: dict[str, Any] = {
         "benchmark": "split",
         "papers": papers,
-        "ours": sides["ours"],
-        "theirs": sides["usual"],
-        "ratio": round(sides["ours"]["papers_per_second"] / sides["usual"]["papers_per_second"], 2),
+        "feyntune": sides["feyntune"],
+        "baseline": sides["baseline"],
+        "ratio": round(sides["feyntune"]["papers_per_second"] / sides["baseline"]["papers_per_second"], 2),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
     if as_json:
@@ -51,7 +51,7 @@ def main(papers: int = 5000, as_json: bool = typer.Option(False, "--json"), side
     for s, figures in sides.items():
         shown = (f"{figures[k]:,.1f}" for k in ("papers_per_second", "cpu_seconds", "peak_memory_mb"))
         table.add_row(s, *shown)
-    table.caption = f"ours over the usual way: {result['ratio']} times the papers per second of CPU time"
+    table.caption = f"feyntune over the baseline: {result['ratio']} times the papers per second of CPU time"
     Console().print(table)
 
 
@@ -85,7 +85,7 @@ def _in_a_process(side: str, corpus: Path) -> dict[str, float]:
 
 
 def _measured(side: str, corpus: Path) -> dict[str, float]:
-    work = {"ours": _ours, "usual": _usual}[side]
+    work = {"feyntune": _feyntune, "baseline": _baseline}[side]
     _import_what(side)
     started, cpu = time.perf_counter(), time.process_time()
     papers = work(corpus)
@@ -102,18 +102,18 @@ def _import_what(side: str) -> None:
     import datasketch  # noqa: F401
     import pandas  # noqa: F401
 
-    if side == "ours":
+    if side == "feyntune":
         import feyntune.splitting.split  # noqa: F401
 
 
-def _ours(corpus: Path) -> int:
+def _feyntune(corpus: Path) -> int:
     from feyntune.splitting.split import split
 
     split(corpus, corpus.parent / "split")
     return pq.read_metadata(corpus / "papers.parquet").num_rows
 
 
-def _usual(corpus: Path) -> int:
+def _baseline(corpus: Path) -> int:
     import pandas
     from datasketch import MinHash, MinHashLSH
 

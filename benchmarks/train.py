@@ -1,8 +1,8 @@
-"""Useful tokens per second of this training engine and of the usual recipe, on one model, data and machine.
+"""Useful tokens per second of this training engine and of the baseline, on one model, data and machine.
 
     python -m benchmarks.train [--precision fp32|bf16|nf4] [--rounds 5] [--steps 2] [--dropout 0] [--json]
 
-The usual recipe is transformers' Trainer with padded random batches of 16 (DataCollatorForSeq2Seq, multiples of 8).
+The baseline is transformers' Trainer with padded random batches of 16 (DataCollatorForSeq2Seq, multiples of 8).
 Both train a Llama with random weights on the same global batches, documents as long as real hep-th abstracts
 (log-normal, mean 185 tokens, coefficient of variation 0.5; on the 1,000 real ones it was 185 and 0.49). Rounds are
 interleaved and change their order; on one CPU thread process CPU time counts, because the machine may be shared, on
@@ -120,7 +120,7 @@ class Engine:
         return clock() - started, losses
 
 
-class Usual:
+class Baseline:
     """The published recipe's way: Trainer, padded batches."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--shape-8b", action="store_true", help="the shape of Llama-3.1-8B")
     parser.add_argument("--recompute", action="store_true", help="all layers, on both sides")
-    parser.add_argument("--compile", action="store_true", help="torch.compile in the engine (not in the usual recipe)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in the engine (not in the baseline)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.checkpoint_layers = "auto"
@@ -228,9 +228,9 @@ def main() -> None:
         shape = make_model(folder, args)
         if args.recompute:
             args.checkpoint_layers = shape.layers
-        ours = Engine(folder, args)
+        engine = Engine(folder, args)
         args.checkpoint_layers = "all" if args.recompute else "auto"
-        theirs = Usual(folder, args)
+        trainer = Baseline(folder, args)
         batches = make_batches((args.rounds + 1) * args.steps, shape.vocabulary)
 
         def peak() -> int:
@@ -241,7 +241,7 @@ def main() -> None:
         }
         for i in range(args.rounds + 1):  # the first round warms up and is compared, not timed
             part = batches[i * args.steps : (i + 1) * args.steps]
-            sides = [("engine", ours), ("trainer", theirs)]
+            sides = [("engine", engine), ("trainer", trainer)]
             for name, side in sides if i % 2 else sides[::-1]:
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
@@ -269,19 +269,19 @@ def main() -> None:
         "dropout": args.dropout,
         "compile": args.compile,
         "attention": attention_backend(args.device, torch.float32 if args.precision == "fp32" else torch.bfloat16),
-        "checkpointed_layers": ours.runner.plan.layers,
+        "checkpointed_layers": engine.runner.plan.layers,
         "padded_over_useful": round(padded, 3),
         "rounds": args.rounds,
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(x, 3) for x in ratios],
     }
-    for name, found in figures.items():
-        rate = statistics.median(n / s for n, s in zip(tokens, found["seconds"], strict=True))
-        result[name] = {"useful_tokens_per_second": round(rate, 1), "losses": [round(x, 6) for x in found["losses"]]}
+    for name, figure in figures.items():
+        rate = statistics.median(n / s for n, s in zip(tokens, figure["seconds"], strict=True))
+        result[name] = {"useful_tokens_per_second": round(rate, 1), "losses": [round(x, 6) for x in figure["losses"]]}
         if cuda:
-            result[name]["peak_memory_bytes"] = max(found["peak"])
+            result[name]["peak_memory_bytes"] = max(figure["peak"])
         if peak_flops:
-            recomputing = ours.runner.plan.layers
+            recomputing = engine.runner.plan.layers
             result[name]["mfu"] = round(rate * flops_per_token(shape, 0) / peak_flops, 4)
             result[name]["hfu"] = round(rate * flops_per_token(shape, recomputing) / peak_flops, 4)
     if args.dropout == 0:

@@ -146,11 +146,11 @@ def _attributes(model: Any) -> dict[str, str]:
     """The meaning of each attribute by a class's docstring."""
     from docstring_parser import parse
 
-    found = {}
+    descriptions = {}
     for entry in parse(model.__doc__ or "").params:
         for name in entry.arg_name.split(","):
-            found[name.strip()] = " ".join((entry.description or "").split())
-    return found
+            descriptions[name.strip()] = " ".join((entry.description or "").split())
+    return descriptions
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -88,8 +88,8 @@ def texts(topic: str, count: int, seed: int = 0) -> list[str]:
     r = random.Random(f"{topic}:{seed}")
 
     def sentence() -> str:
-        said = f"{r.choice(_SUBJECTS[topic])} {r.choice(_VERBS)} {r.choice(_OBJECTS[topic])}"
-        return said[0].upper() + said[1:] + "."
+        sentence = f"{r.choice(_SUBJECTS[topic])} {r.choice(_VERBS)} {r.choice(_OBJECTS[topic])}"
+        return sentence[0].upper() + sentence[1:] + "."
 
     return [" ".join(sentence() for _ in range(r.randint(1, 8))) for _ in range(count)]
 

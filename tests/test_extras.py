@@ -13,10 +13,10 @@ from feyntune.extras import missing_extra
     ],
 )
 def test_a_missing_dependency_names_its_extra(module, verb, extra):
-    said = missing_extra(ModuleNotFoundError("no", name=module), verb)
-    assert said
-    assert f"pip install 'feyntune[{extra}]'" in said
-    assert module.partition(".")[0] in said
+    message = missing_extra(ModuleNotFoundError("no", name=module), verb)
+    assert message
+    assert f"pip install 'feyntune[{extra}]'" in message
+    assert module.partition(".")[0] in message
 
 
 def test_a_module_that_is_no_dependency_is_an_unexpected_error():

@@ -264,10 +264,10 @@ class S3Store:
     def exists(self, name: str) -> bool:
         try:
             with self._asking(name, "s3:GetObject"):
-                found = self.client.stat_object(self.bucket, self._key(name))
+                stat = self.client.stat_object(self.bucket, self._key(name))
         except Missing:
             return False
-        self._check_is_s3(found.metadata or {}, name)
+        self._check_is_s3(stat.metadata or {}, name)
         return True
 
     def names(self, prefix: str = "") -> Iterator[str]:

@@ -85,28 +85,28 @@ class Cluster:
                 spec.service_account, spec.namespace, {"secrets": account["secrets"]}, **_WAIT
             )
 
-    def get(self, wanted: Object) -> Object | None:
-        return self._or_none(self.custom.get_namespaced_custom_object, *self._path(), _name(wanted))
+    def get(self, desired: Object) -> Object | None:
+        return self._or_none(self.custom.get_namespaced_custom_object, *self._path(), _name(desired))
 
-    def apply(self, wanted: Object, existing: Object | None) -> None:
+    def apply(self, desired: Object, existing: Object | None) -> None:
         """Create `wanted`, or replace `existing`; a change by somebody else in between is a conflict and an error."""
         if existing is None:
-            self.custom.create_namespaced_custom_object(*self._path(), wanted, **_WAIT)
+            self.custom.create_namespaced_custom_object(*self._path(), desired, **_WAIT)
             return
-        old, new = existing["metadata"], wanted["metadata"]
+        old, new = existing["metadata"], desired["metadata"]
         metadata = {
             **new,
             "resourceVersion": old["resourceVersion"],
             "annotations": {**old.get("annotations", {}), **new.get("annotations", {})},
             **({"finalizers": old["finalizers"]} if "finalizers" in old else {}),
         }
-        body = {**wanted, "metadata": metadata}
-        self.custom.replace_namespaced_custom_object(*self._path(), _name(wanted), body, **_WAIT)
+        body = {**desired, "metadata": metadata}
+        self.custom.replace_namespaced_custom_object(*self._path(), _name(desired), body, **_WAIT)
 
-    def ready(self, wanted: Object) -> str | None:
+    def ready(self, desired: Object) -> str | None:
         """The service's URL once it reports Ready and its Deployment runs the pods asked for, all of them."""
-        service = self.get(wanted) or {}
-        if self._unready(service) or self._unfinished(wanted):
+        service = self.get(desired) or {}
+        if self._unready(service) or self._unfinished(desired):
             return None
         # In the cluster first: `url` is an outside name, which only an ingress makes reachable.
         status = service["status"]
@@ -114,25 +114,25 @@ class Cluster:
 
     def explain(self) -> str:
         """Why it is not ready yet: the service's and the Deployment's conditions, and the newest warning."""
-        wanted = {"metadata": {"name": self.spec.name}}
-        service = self.get(wanted) or {}
+        desired = {"metadata": {"name": self.spec.name}}
+        service = self.get(desired) or {}
         status = service.get("status") or {}
         deployment = (self._deployment() or {}).get("status") or {}
         why = conditions(status, "Stopped") + conditions(deployment) + self._warning()
         return why.removeprefix("; ") or "no condition and no event says why"
 
-    def roll_back(self, wanted: Object, before: Object | None) -> str:
+    def roll_back(self, desired: Object, before: Object | None) -> str:
         """Restore what was there before; says in a sentence whether that worked."""
         from kubernetes.client.exceptions import ApiException
 
         try:
-            current = self.get(wanted)
+            current = self.get(desired)
             if before is None and current is not None:
-                self.custom.delete_namespaced_custom_object(*self._path(), _name(wanted), **_WAIT)
+                self.custom.delete_namespaced_custom_object(*self._path(), _name(desired), **_WAIT)
             elif before is not None and (current is None or current["spec"] != before["spec"]):
                 self.apply(_as_applied(before), current)
         except (ApiException, urllib3.exceptions.HTTPError) as e:
-            return f"Could not be rolled back: {wanted['kind']} {_name(wanted)} ({reason(e)})."
+            return f"Could not be rolled back: {desired['kind']} {_name(desired)} ({reason(e)})."
         return "Rolled back: everything is as it was before."
 
     def _unready(self, service: Object) -> bool:
@@ -143,11 +143,12 @@ class Cluster:
             return True
         return not any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", []))
 
-    def _unfinished(self, wanted: Object) -> str | None:
+    def _unfinished(self, desired: Object) -> str | None:
         if self.spec.kind == "InferenceService":
-            container = wanted["spec"]["predictor"]["containers"][0]
-        else:  # KServe writes the arguments; the image is ours where one was asked for
-            container = {k: v for k, v in wanted["spec"]["template"]["containers"][0].items() if k in ("name", "image")}
+            container = desired["spec"]["predictor"]["containers"][0]
+        else:  # KServe writes the arguments; the image comes from the description if it names one
+            template = desired["spec"]["template"]
+            container = {k: v for k, v in template["containers"][0].items() if k in ("name", "image")}
         return unfinished(self._deployment(), container, self.spec.replicas)
 
     def _deployment(self) -> Object | None:
@@ -163,10 +164,10 @@ class Cluster:
             events = self.core.list_namespaced_event(self.spec.namespace, field_selector="type=Warning", **_WAIT).items
         except ApiException:
             return ""
-        ours = [e for e in events if (e.involved_object.name or "").startswith(self.spec.name)]
-        if not ours:
+        own = [e for e in events if (e.involved_object.name or "").startswith(self.spec.name)]
+        if not own:
             return ""
-        newest = max(ours, key=lambda e: str(e.last_timestamp or e.event_time or ""))
+        newest = max(own, key=lambda e: str(e.last_timestamp or e.event_time or ""))
         message = " ".join((newest.message or "").split())[:300]
         return f"; {newest.involved_object.kind} {newest.involved_object.name}: {message.rstrip('.')}"
 
@@ -217,8 +218,8 @@ def reason(e: BaseException) -> str:
     return str(e).rstrip(".") if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
 
 
-def _name(wanted: Object) -> str:
-    return str(wanted["metadata"]["name"])
+def _name(desired: Object) -> str:
+    return str(desired["metadata"]["name"])
 
 
 def _as_applied(existing: Object) -> Object:

@@ -61,19 +61,19 @@ def deploy(
 
     registry = Registry.open(spec.registry)
     state = registry.snapshot()
-    wanted = render(spec, state, base_digest(spec) if state.served else None)
+    desired = render(spec, state, base_digest(spec) if state.served else None)
     cluster = Cluster(client or connect(), spec)
     deadline = time.monotonic() + timeout
     try:
         cluster.check_prerequisites()
-        before = cluster.get(wanted)
+        before = cluster.get(desired)
         cluster.prepare()
     except (ApiException, urllib3.exceptions.HTTPError) as e:
         raise UserError(f"The cluster refused: {reason(e)}. Nothing was deployed.") from e
     try:
-        cluster.apply(wanted, before)
+        cluster.apply(desired, before)
         answered = _until(
-            lambda: cluster.ready(wanted), deadline, poll, f"{spec.kind} {spec.name} to be ready", cluster.explain
+            lambda: cluster.ready(desired), deadline, poll, f"{spec.kind} {spec.name} to be ready", cluster.explain
         )
         endpoint = _Endpoint((url or answered).rstrip("/"), spec, key)
         models = expected_models(spec, state)
@@ -82,7 +82,7 @@ def deploy(
             version = endpoint.complete(model)
             log.info("%s answers%s", model, f" (feyntune {version})" if version else "")
     except BaseException as e:  # an interrupted deployment is rolled back too
-        undone = cluster.roll_back(wanted, before)
+        undone = cluster.roll_back(desired, before)
         if not isinstance(e, Exception):
             raise
         raise DeployError(f"Deployment of {spec.namespace}/{spec.name} failed: {reason(e)}. {undone}") from e
@@ -122,7 +122,7 @@ class _Endpoint:
         self.headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
         self.http = urllib3.PoolManager(timeout=60, retries=urllib3.Retry(3, backoff_factor=0.5))
 
-    def lists(self, wanted: dict[str, str]) -> bool:
+    def lists(self, expected: dict[str, str]) -> bool:
         """Whether the endpoint lists the base and exactly these adapters, each in the version meant.
 
         KServe gives every model of vLLM a second name, `publishers/NAMESPACE/models/NAME`, which counts for nothing.
@@ -134,8 +134,8 @@ class _Endpoint:
             return False
         listed = {m["id"]: m.get("root") for m in answer.json()["data"]}
         if self.spec.kind == "LLMInferenceService":  # vLLM's root is a path in its pod
-            return {name for name in listed if not name.startswith("publishers/")} == {self.base, *wanted}
-        return listed.pop(self.base, None) is not None and listed == wanted
+            return {name for name in listed if not name.startswith("publishers/")} == {self.base, *expected}
+        return listed.pop(self.base, None) is not None and listed == expected
 
     def complete(self, model: str) -> str:
         """Send one short completion; returns the feyntune version that answered, "" where it does not say.

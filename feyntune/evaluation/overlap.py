@@ -71,15 +71,15 @@ def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     return np.where(whole, np.maximum(result, np.uint64(1)), np.uint64(0))
 
 
-def _agreeing(own: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places in `theirs` whose hash is one of `mine` (sorted, unique), and where in `mine` it stands."""
+def _agreeing(hashes: np.ndarray, chunk_hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into `chunk_hashes` whose hash is one of `hashes` (sorted, unique), and its index in `hashes`."""
     shift = np.uint64(64 - _TABLE)
     table = np.zeros(1 << _TABLE, bool)
-    table[((own * _FACTOR) >> shift).astype(np.int64)] = True
-    maybe = np.flatnonzero(table[((other * _FACTOR) >> shift).astype(np.int64)] & (other != 0))
-    at = np.searchsorted(own, other[maybe])
-    at[at == len(own)] = 0
-    same = own[at] == other[maybe]
+    table[((hashes * _FACTOR) >> shift).astype(np.int64)] = True
+    maybe = np.flatnonzero(table[((chunk_hashes * _FACTOR) >> shift).astype(np.int64)] & (chunk_hashes != 0))
+    at = np.searchsorted(hashes, chunk_hashes[maybe])
+    at[at == len(hashes)] = 0
+    same = hashes[at] == chunk_hashes[maybe]
     return maybe[same], at[same]
 
 
@@ -95,21 +95,21 @@ def _follow(tokens: np.ndarray, row: np.ndarray, chunk: np.ndarray, best: np.nda
     many = count[which]
     other = np.repeat(present, many)
     inside = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
-    ours = order[np.repeat(first[which], many) + inside]
-    real = np.ones(len(ours), bool)  # by the words themselves
+    matches = order[np.repeat(first[which], many) + inside]
+    real = np.ones(len(matches), bool)  # by the words themselves
     for i in range(SEED):
-        real &= tokens[ours + i] == chunk[other + i]
-    ours, other = ours[real], other[real]
-    if not len(ours):
+        real &= tokens[matches + i] == chunk[other + i]
+    matches, other = matches[real], other[real]
+    if not len(matches):
         return
-    diagonal = other - ours
-    order = np.lexsort((ours, diagonal))
-    ours, diagonal = ours[order], diagonal[order]
-    new = np.ones(len(ours), bool)
-    new[1:] = (diagonal[1:] != diagonal[:-1]) | (ours[1:] != ours[:-1] + 1)
+    diagonal = other - matches
+    order = np.lexsort((matches, diagonal))
+    matches, diagonal = matches[order], diagonal[order]
+    new = np.ones(len(matches), bool)
+    new[1:] = (diagonal[1:] != diagonal[:-1]) | (matches[1:] != matches[:-1] + 1)
     begins = np.flatnonzero(new)
-    runs = np.diff([*begins, len(ours)])
-    np.maximum.at(best, row[ours[begins]], runs + SEED - 1)
+    runs = np.diff([*begins, len(matches)])
+    np.maximum.at(best, row[matches[begins]], runs + SEED - 1)
 
 
 def _present(
@@ -118,15 +118,15 @@ def _present(
     """Set `best` to `n` for the open texts of which a run of `n` words stands in `chunk`."""
     own = _hashes(tokens, n)
     own[~open_rows[row[: len(own)]]] = 0
-    ours = np.flatnonzero(own)
-    unique, which = np.unique(own[ours], return_inverse=True)
+    matches = np.flatnonzero(own)
+    unique, which = np.unique(own[matches], return_inverse=True)
     if not len(unique):
         return
     present, hit = _agreeing(unique, _hashes(chunk, n))
     place = np.full(len(unique), -1)
     place[hit] = present  # any one of its places
-    ours, other = ours[place[which] >= 0], place[which][place[which] >= 0]
-    real = np.ones(len(ours), bool)
+    matches, other = matches[place[which] >= 0], place[which][place[which] >= 0]
+    real = np.ones(len(matches), bool)
     for i in range(n):
-        real &= tokens[ours + i] == chunk[other + i]
-    best[np.unique(row[ours[real]])] = n
+        real &= tokens[matches + i] == chunk[other + i]
+    best[np.unique(row[matches[real]])] = n

@@ -111,11 +111,11 @@ def check_endpoint(url: str) -> None:
     log.info("%s serves %s; it completed %d tokens", url, ", ".join(models), made["usage"]["completion_tokens"])
 
 
-def check_rollout(wanted: str) -> None:
+def check_rollout(expected: str) -> None:
     """The Deployment runs the pods asked for, all of them; KServe's Ready does not say so.
 
     Args:
-        wanted: JSON with namespace, deployment, replicas and container (name, image, args).
+        expected: JSON with namespace, deployment, replicas and container (name, image, args).
 
     Raises:
         UserError: it does not after three minutes, or cannot be read.
@@ -125,7 +125,7 @@ def check_rollout(wanted: str) -> None:
 
     from feyntune.deployment.rollout import unfinished
 
-    spec = json.loads(wanted)
+    spec = json.loads(expected)
     config.load_incluster_config()
     deadline = time.monotonic() + 180
     while True:

@@ -188,7 +188,7 @@ def _agreement(ratings: Sequence[Rating], resamples: int, seed: int) -> dict[str
         nothing = {"value": None, "low": None, "high": None}
         coefficients = dict.fromkeys(AGREEMENT, nothing)
         return {"items": 0, "papers": 0, "raters": len(raters)} | _named(coefficients)
-    ours = [r for r in ratings if category(r["system"]) != OTHERS]
+    measured = [r for r in ratings if category(r["system"]) != OTHERS]
     all_scored = blocks(ratings, complete=True)
     return {
         "items": sum(map(len, all_scored)),
@@ -197,7 +197,7 @@ def _agreement(ratings: Sequence[Rating], resamples: int, seed: int) -> dict[str
         **_named(
             {
                 "icc": interval_over_papers(icc, all_scored, resamples, seed),
-                "icc_without_others": interval_over_papers(icc, blocks(ours, complete=True), resamples, seed),
+                "icc_without_others": interval_over_papers(icc, blocks(measured, complete=True), resamples, seed),
                 "alpha": interval_over_papers(alpha, blocks(ratings, complete=False), resamples, seed),
             }
         ),
@@ -237,7 +237,7 @@ def markdown(summary: dict[str, Any]) -> str:
     lines += ["", "| agreement | ours (95 %) | published |", "|---|---:|---:|"]
     for key, words in AGREEMENT.items():
         a = summary["agreement"][key]
-        ours = f"{show(a['value'])} [{show(a['low'])}, {show(a['high'])}]"
-        lines.append(f"| {words} | {ours} | {summary['published'][key]:.2f} |")
+        interval = f"{show(a['value'])} [{show(a['low'])}, {show(a['high'])}]"
+        lines.append(f"| {words} | {interval} | {summary['published'][key]:.2f} |")
     lines += ["", *(f"- {key}: {text}" for key, text in summary["how"].items())]
     return "\n".join(lines) + "\n"

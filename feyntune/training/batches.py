@@ -59,13 +59,13 @@ def documents(
 
     The parts of a split abstract overlap by one token, so that every token is predicted exactly once.
     """
-    found, split = [], 0
+    result, split = [], 0
     for identifier, text in papers:
         tokens = encode(tokenizer, text)
         split += len(tokens) > context
         for start in range(0, len(tokens) - 1, context - 1):
-            found.append(Document(identifier, tokens[start : start + context]))
-    return found, split
+            result.append(Document(identifier, tokens[start : start + context]))
+    return result, split
 
 
 def global_batch(documents: Sequence[Document], batch: int, step: int, seed: int) -> list[Document]:

@@ -130,11 +130,11 @@ def totals(rows: list[Row]) -> dict[str, Any]:
     """Sums over the rows; the memory is the largest."""
     keys: tuple[str, ...] = ("papers", "tokens", "steps", "gpu_hours", "hours", "money")
     keys += ("published_gpu_hours", "published_hours", "published_money")
-    found: dict[str, Any] = {"variants": len(rows), "memory_bytes": max((r.memory_bytes for r in rows), default=0)}
+    totals: dict[str, Any] = {"variants": len(rows), "memory_bytes": max((r.memory_bytes for r in rows), default=0)}
     for key in keys:
         values = [asdict(r)[key] for r in rows]
-        found[key] = None if None in values else sum(values)
-    return found
+        totals[key] = None if None in values else sum(values)
+    return totals
 
 
 def flops_per_token(shape: Shape, recomputing: int) -> float:

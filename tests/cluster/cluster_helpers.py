@@ -24,14 +24,14 @@ def helm(namespace: str, *arguments: str) -> str:
 def state(namespace: str) -> str:
     """What a failed command's message ends with: pods, the last events, the ends of the logs."""
 
-    def said(*arguments: str) -> str:
+    def kubectl_output(*arguments: str) -> str:
         done = subprocess.run(["kubectl", "-n", namespace, *arguments], capture_output=True, text=True)
         return done.stdout + done.stderr
 
-    pods = said("get", "pods", "-o", "wide")
-    events = said("get", "events", "--sort-by=.lastTimestamp").splitlines()[-15:]
+    pods = kubectl_output("get", "pods", "-o", "wide")
+    events = kubectl_output("get", "events", "--sort-by=.lastTimestamp").splitlines()[-15:]
     names = [line.split()[0] for line in pods.splitlines()[1:]]
-    logs = "".join(f"--- {name}\n{said('logs', '--tail=15', name)}" for name in names)
+    logs = "".join(f"--- {name}\n{kubectl_output('logs', '--tail=15', name)}" for name in names)
     return "\n".join(["", pods, *events, logs])
 
 

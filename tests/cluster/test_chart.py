@@ -27,9 +27,9 @@ def rendered() -> dict[str, list[dict[str, Any]]]:
 
 
 def named(objects: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
-    found = [o for o in objects if o["kind"] == kind and (not name or o["metadata"]["name"] == name)]
-    assert len(found) == 1, f"{len(found)} objects are {kind} {name}"
-    return found[0]
+    matches = [o for o in objects if o["kind"] == kind and (not name or o["metadata"]["name"] == name)]
+    assert len(matches) == 1, f"{len(matches)} objects are {kind} {name}"
+    return matches[0]
 
 
 def kinds(objects: list[dict[str, Any]]) -> set[str]:
@@ -68,9 +68,9 @@ def test_no_two_objects_have_one_name(rendered, case):
 
 @every_case
 def test_every_pod_is_restricted(rendered, case):
-    found = pods(rendered[case])
-    assert len(found) >= 3
-    for name, pod in found.items():
+    specs = pods(rendered[case])
+    assert len(specs) >= 3
+    for name, pod in specs.items():
         context = pod["securityContext"]
         assert context["runAsNonRoot"] is True, name
         assert context["runAsUser"] > 0, name
@@ -110,9 +110,9 @@ def test_secret_values_are_in_secrets_and_nowhere_else(rendered, case):
 
 def test_a_token_that_was_given_is_in_its_secret(rendered):
     for namespace in ("feyntune", "kubeflow"):
-        found = [o for o in rendered["on an S3 server of one's own"]
+        secrets = [o for o in rendered["on an S3 server of one's own"]
                  if o["kind"] == "Secret" and o["metadata"]["namespace"] == namespace]  # fmt: skip
-        data = {k: base64.b64decode(v).decode() for o in found for k, v in o["data"].items()}
+        data = {k: base64.b64decode(v).decode() for o in secrets for k, v in o["data"].items()}
         assert data == {
             "S3_ENDPOINT": "https://s3.example:9000",
             "AWS_ACCESS_KEY_ID": SECRETS["access"],
@@ -202,9 +202,9 @@ def test_what_helm_runs_once_is_cleaned_up(rendered, case):
 def test_the_rollouts_test_asks_for_the_pods_that_were_rendered(values):
     """A Deployment of these pods passes; with the image before, or an old pod still there, it does not."""
     objects = render(values)
-    wanted = json.loads(pods(objects)["Pod feyntune-test-rollout"]["containers"][0]["args"][-1])
+    expected = json.loads(pods(objects)["Pod feyntune-test-rollout"]["containers"][0]["args"][-1])
     spec = next(s for n, s in pods(objects).items() if n.split()[0] in ("InferenceService", "Deployment"))
-    n = wanted["replicas"]
+    n = expected["replicas"]
     status = {"observedGeneration": 2, "replicas": n, "updatedReplicas": n, "availableReplicas": n}
 
     def deployment(container, **changed):
@@ -216,7 +216,7 @@ def test_the_rollouts_test_asks_for_the_pods_that_were_rendered(values):
         }
 
     (container,) = spec["containers"]
-    assert unfinished(deployment(container), wanted["container"], n) is None
+    assert unfinished(deployment(container), expected["container"], n) is None
     others = [
         deployment({**container, "image": "before"}),
         deployment({**container, "args": container["args"][:-1]}),
@@ -225,7 +225,7 @@ def test_the_rollouts_test_asks_for_the_pods_that_were_rendered(values):
         deployment(container, observedGeneration=1),
         None,
     ]
-    assert all(unfinished(other, wanted["container"], n) for other in others)
+    assert all(unfinished(other, expected["container"], n) for other in others)
 
 
 # --- clusters of others
@@ -374,7 +374,7 @@ def test_selectors_select_the_pods_they_mean(rendered, case):
         if o["kind"] in ("Service", "PodDisruptionBudget"):
             selector = o["spec"]["selector"]
             selector = selector.get("matchLabels", selector)
-            assert sum(selector.items() <= found.items() for found in labels.values()) == 1, o["metadata"]["name"]
+            assert sum(selector.items() <= pod.items() for pod in labels.values()) == 1, o["metadata"]["name"]
 
 
 def test_network_policies_deny_first_and_leave_every_pod_its_doors(rendered):
@@ -387,9 +387,9 @@ def test_network_policies_deny_first_and_leave_every_pod_its_doors(rendered):
     for o in objects:
         if o["kind"] in ("Pod", "InferenceService", "Deployment", "StatefulSet", "Job"):
             template = o["spec"].get("template", o)
-            found = template["metadata"]["labels"]
-            assert deny["podSelector"]["matchLabels"].items() <= found.items(), o["metadata"]["name"]
-            component = found["app.kubernetes.io/component"]
+            labels = template["metadata"]["labels"]
+            assert deny["podSelector"]["matchLabels"].items() <= labels.items(), o["metadata"]["name"]
+            component = labels["app.kubernetes.io/component"]
             doors = [n for n, p in policies.items() if component in json.dumps(p["podSelector"])]
             assert doors, f"{o['metadata']['name']} can reach nothing"
 
@@ -456,9 +456,9 @@ def test_standalone_runs_in_kubeflows_namespace_and_a_profile_in_its_own(rendere
 
 
 def test_the_workbench_is_on_until_it_is_switched_off(rendered):
-    for values, said in (({}, False), ({"serving": {"kind": "Deployment", "workbench": False}}, True)):
+    for values, disabled in (({}, False), ({"serving": {"kind": "Deployment", "workbench": False}}, True)):
         pod = next(p for name, p in pods(render(values)).items() if "feyntune" in name and "kserve" in str(p))
-        assert ("--no-workbench" in pod["containers"][0]["args"]) == said
+        assert ("--no-workbench" in pod["containers"][0]["args"]) == disabled
 
 
 def test_the_upload_reads_settings_that_the_project_reads(rendered, tmp_path):
@@ -509,8 +509,8 @@ def test_several_replicas_are_kept_from_going_at_once(rendered):
 
 def test_volumes_and_drawn_keys_stay_unless_told_otherwise(rendered):
     keep = {"helm.sh/resource-policy": "keep"}
-    kept = named(rendered["as it comes"], "PersistentVolumeClaim")
-    assert kept["metadata"]["annotations"].items() >= keep.items()
+    claim = named(rendered["as it comes"], "PersistentVolumeClaim")
+    assert claim["metadata"]["annotations"].items() >= keep.items()
     assert all(o["metadata"]["annotations"] == keep for o in rendered["as it comes"] if o["kind"] == "Secret")
     given_up = named(rendered["with the least"], "PersistentVolumeClaim")
     assert "annotations" not in given_up["metadata"]

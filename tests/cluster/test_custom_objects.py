@@ -117,9 +117,9 @@ def objects() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", OURS)
 def test_monitoring_and_queue_objects_fit_their_models(objects, kind):
-    found = [o["spec"] for o in objects if o["kind"] == kind]
-    assert found
-    for spec in found:
+    specs = [o["spec"] for o in objects if o["kind"] == kind]
+    assert specs
+    for spec in specs:
         OURS[kind].model_validate(spec)
 
 
@@ -130,9 +130,9 @@ def test_monitoring_and_queue_objects_fit_their_models(objects, kind):
     ],
 )
 def test_kserve_objects_fit_the_models_of_its_own_package(objects, kind, model):
-    found = [o["spec"] for o in objects if o["kind"] == kind]
-    assert found
-    for spec in found:
+    specs = [o["spec"] for o in objects if o["kind"] == kind]
+    assert specs
+    for spec in specs:
         misfits = list(unfitting(spec, model))
         assert not misfits
 
@@ -157,8 +157,8 @@ def unfitting(value: Any, kind: str, path: str = "") -> Any:
         for key, item in value.items():
             yield from unfitting(item, kind[5:-1].split(", ", 1)[1], f"{path}.{key}")
     elif kind in ("int", "str", "bool", "float"):
-        wanted = {"int": int, "str": str, "bool": bool, "float": (int, float)}[kind]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind == "int"):
+        types = {"int": int, "str": str, "bool": bool, "float": (int, float)}[kind]
+        if not isinstance(value, types) or (isinstance(value, bool) and kind == "int"):
             yield f"{path} is a {type(value).__name__}, not {kind}"
     elif kind not in ("object", "ResourceQuantity", "KnativeURL", "datetime", "IntOrString"):
         kind = kind.replace("K8sIoApiApps", "")  # a Kubernetes type under KServe's own name

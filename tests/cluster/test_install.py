@@ -152,14 +152,14 @@ def test_the_pipelines_stand_in_kubeflow(kubeflow, store, bucket):
     spec = version["pipeline_spec"]["pipeline_spec"]
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert parameters["registry"]["defaultValue"] == f"s3://{bucket}/registry"
-    said = json.dumps(version)
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in said
+    text = json.dumps(version)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
 
 
 def test_helm_test_passes(store):
-    said = helm("test", "feyntune", "--timeout", "5m")
-    assert "Phase:          Succeeded" in said
-    assert "Failed" not in said
+    output = helm("test", "feyntune", "--timeout", "5m")
+    assert "Phase:          Succeeded" in output
+    assert "Failed" not in output
 
 
 def test_a_run_goes_through_pods_of_our_images_though_its_training_is_killed(store, bucket):
@@ -224,9 +224,9 @@ def test_no_log_of_any_pod_has_a_key_in_it(store):
     pods = kubectl("-n", NAMESPACE, "get", "pods", "-o", "name").split()
     logs = {pod: kubectl("-n", NAMESPACE, "logs", pod, "--all-containers") for pod in pods}
     assert len([log for log in logs.values() if log.strip()]) > 5
-    told = {what: helm("get", what, "feyntune") for what in ("manifest", "values", "notes", "hooks")}
+    outputs = {what: helm("get", what, "feyntune") for what in ("manifest", "values", "notes", "hooks")}
     for secret in (os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]):
-        assert not [name for name, text in {**logs, **told}.items() if secret in text]
+        assert not [name for name, text in {**logs, **outputs}.items() if secret in text]
 
 
 def test_a_killed_endpoint_comes_back_with_the_champion(store):

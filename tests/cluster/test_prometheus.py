@@ -84,8 +84,8 @@ class Prometheus:
 
     def scrapes(self, job: str) -> int:
         """How often the job has answered."""
-        found = self.get("query", query=f'sum_over_time(up{{job="{job}"}}[1h])')["result"]
-        return int(found[0]["value"][1]) if found else 0
+        series = self.get("query", query=f'sum_over_time(up{{job="{job}"}}[1h])')["result"]
+        return int(series[0]["value"][1]) if series else 0
 
     def saw(self, job: str, times: int) -> None:
         """Wait until the job has answered that often."""

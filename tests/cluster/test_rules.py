@@ -100,10 +100,10 @@ def training_series() -> set[str]:
 
 
 def _series(registry: CollectorRegistry, prefix: str) -> set[str]:
-    found = set()
+    samples = set()
     for family in registry.collect():
         for sample in family.samples:
             if sample.name.startswith(prefix):
                 labels = {**sample.labels, "namespace": "n", "pod": "p"}
-                found.add(sample.name + "{" + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "}")
-    return found
+                samples.add(sample.name + "{" + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "}")
+    return samples

@@ -44,9 +44,9 @@ def failed(folder: Path, framework: str) -> set[tuple[str, str]]:
     return {(f["check_id"], f["resource"]) for f in report["results"]["failed_checks"]}
 
 
-def judge(found: set[tuple[str, str]], exceptions: dict[str, tuple[str | tuple[str, ...], str]]) -> None:
-    excused = {(c, o) for c, o in found if c in exceptions and o.startswith(exceptions[c][0])}
-    assert not found - excused
+def judge(failures: set[tuple[str, str]], exceptions: dict[str, tuple[str | tuple[str, ...], str]]) -> None:
+    excused = {(c, o) for c, o in failures if c in exceptions and o.startswith(exceptions[c][0])}
+    assert not failures - excused
     assert not exceptions.keys() - {check for check, _ in excused}, "an exception that nothing needs"
 
 

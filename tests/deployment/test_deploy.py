@@ -133,10 +133,10 @@ def chart_values(spec):
     ],
 )
 def test_the_chart_and_deploy_describe_the_same_pod(registry, fields):
-    wanted = spec(registry, **fields)
-    rendered = render(wanted, Registry.open(registry).snapshot())["spec"]["predictor"]
-    chart = charts_predictor().predictor(chart_values(wanted), listen=wanted.host)["spec"]["predictor"]
-    if wanted.gpus:  # the chart's own pool
+    described = spec(registry, **fields)
+    rendered = render(described, Registry.open(registry).snapshot())["spec"]["predictor"]
+    chart = charts_predictor().predictor(chart_values(described), listen=described.host)["spec"]["predictor"]
+    if described.gpus:  # the chart's own pool
         del chart["nodeSelector"], chart["tolerations"]
     for predictor in (rendered, chart):
         container = predictor["containers"][0]
@@ -195,8 +195,8 @@ def test_vllm_gets_every_adapter_with_rank_and_limits(registry):
 def test_the_same_registry_renders_the_same_whatever_was_added_first(registry):
     state = Registry.open(registry).snapshot()
     turned = type(state)(dict(reversed(state.versions.items())), state.aliases, state.history, state.revision)
-    for wanted in (spec(registry), llm(registry)):
-        assert json.dumps(render(wanted, state)) == json.dumps(render(wanted, turned))
+    for described in (spec(registry), llm(registry)):
+        assert json.dumps(render(described, state)) == json.dumps(render(described, turned))
 
 
 def test_vllm_routes_by_path_and_its_initializer_is_admitted(registry):
@@ -231,9 +231,9 @@ def test_vllm_keeps_two_entries_for_each_adapter(registry):
 @pytest.mark.parametrize("make", [spec, llm])
 def test_every_container_is_restricted(registry, make):
     rendered = render(make(registry), Registry.open(registry).snapshot())
-    found = [v for v in walk(rendered) if isinstance(v, dict)]
-    containers = [c for v in found for c in [*v.get("containers", []), *v.get("initContainers", [])]]
-    pods = [v for v in found if "containers" in v]
+    mappings = [v for v in walk(rendered) if isinstance(v, dict)]
+    containers = [c for v in mappings for c in [*v.get("containers", []), *v.get("initContainers", [])]]
+    pods = [v for v in mappings if "containers" in v]
     assert containers
     for container in containers:
         context = container["securityContext"]
@@ -254,8 +254,8 @@ def test_the_pods_may_have_the_hubs_token(registry):
 
 def test_keys_are_named_and_never_contained(registry, monkeypatch, s3_server):
     for make in (spec, llm):
-        wanted = make(registry)
-        everything = json.dumps([render(wanted, Registry.open(registry).snapshot()), service_account(wanted)])
+        described = make(registry)
+        everything = json.dumps([render(described, Registry.open(registry).snapshot()), service_account(described)])
         assert s3_server["AWS_SECRET_ACCESS_KEY"] not in everything
         assert "feyntune-s3" in everything
 
@@ -303,8 +303,8 @@ def api_client(kube):
     return ApiClient(configuration)
 
 
-def go(kube, wanted, **options):
-    return deploy(wanted, client=api_client(kube), poll=0.01, **{"timeout": 20, **options})
+def go(kube, described, **options):
+    return deploy(described, client=api_client(kube), poll=0.01, **{"timeout": 20, **options})
 
 
 def test_a_deployment_answers_for_every_adapter_and_is_recorded(kube, registry):

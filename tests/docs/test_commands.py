@@ -20,13 +20,13 @@ NOT_RUN = re.compile(r"<!-- not run: (.{15,}) -->")
 
 def commands(page: Path) -> list[str]:
     """The text of every block that is to be run."""
-    found, before = [], ""
+    blocks, before = [], ""
     for token in MarkdownIt().parse(page.read_text()):
         if token.type == "fence" and token.info.split()[:1] == ["sh"] and not NOT_RUN.search(before):
-            found.append(token.content)
+            blocks.append(token.content)
         if token.type in ("html_block", "fence") or token.type.endswith("_open"):
             before = token.content if token.type == "html_block" else ""
-    return found
+    return blocks
 
 
 RUN = [page for page in PAGES if commands(page)]

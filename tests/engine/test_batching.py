@@ -300,7 +300,7 @@ def test_a_neighbours_overflow_stays_in_its_own_columns():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"rank": 9}, "rank 9, over the limit of 8"),
         ({"use_dora": True}, "use_dora"),
@@ -310,12 +310,12 @@ def test_a_neighbours_overflow_stays_in_its_own_columns():
         ({"strength": float("nan")}, "not finite"),
     ],
 )
-def test_adapters_it_cannot_serve_are_refused_by_name(tiny_base, tmp_path, change, said):
+def test_adapters_it_cannot_serve_are_refused_by_name(tiny_base, tmp_path, change, message):
     folder = save_adapter(tmp_path / "bad", tiny_base, **change)
 
     async def load():
         async with running(tiny_base) as engine:
-            with pytest.raises(InvalidAdapterError, match=said):
+            with pytest.raises(InvalidAdapterError, match=message):
                 await engine.load_adapter("bad", folder)
 
     run(load())
@@ -363,8 +363,8 @@ def test_draws_follow_the_tempered_nucleus():
     sampling = Sampling(max_tokens=1, temperature=0.7, top_p=0.9)
     counts = torch.bincount(torch.stack([draw(logits, sampling, generator) for _ in range(20_000)]), minlength=5)
     p = (logits / 0.7).softmax(-1)
-    kept = torch.tensor([True, True, False, False, False])  # 0.753 + 0.180 reach 0.9
-    expected = torch.where(kept, p, 0) / p[kept].sum()
+    nucleus = torch.tensor([True, True, False, False, False])  # 0.753 + 0.180 reach 0.9
+    expected = torch.where(nucleus, p, 0) / p[nucleus].sum()
     assert (counts / 20_000).tolist() == pytest.approx(expected.tolist(), abs=0.015)
 
 

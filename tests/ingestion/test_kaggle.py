@@ -179,16 +179,16 @@ def awkward_line(draw):
 @settings(max_examples=300, deadline=None)
 @given(lines=st.lists(awkward_line(), max_size=4), names=st.sampled_from([["hep-th"], ["cs"], ["nlin", "cs.LG"]]))
 def test_passing_over_lines_undecoded_keeps_the_papers_that_decoding_all_keeps(lines, names):
-    wanted, expected = CategoryFilter(names), []
+    categories, expected = CategoryFilter(names), []
     for line in lines:
         try:
             row = kaggle._row(line, "kaggle")
         except BadRecord:
             continue
-        if wanted.accepts(row.paper.primary):
+        if categories.accepts(row.paper.primary):
             expected.append(row)
     tally = Tally()
-    assert list(read_lines([b"".join(lines)], "x", wanted, tally)) == expected
+    assert list(read_lines([b"".join(lines)], "x", categories, tally)) == expected
     assert tally.read == len(lines)
     assert tally.read == len(expected) + tally.left_out.total() + tally.refused.total()
 

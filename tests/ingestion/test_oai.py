@@ -148,8 +148,8 @@ def test_a_later_harvest_asks_only_for_what_changed(tmp_path):
     assert later[changed["id"]]["title"] == "A corrected title"
 
 
-@pytest.mark.parametrize(("asked", "there"), [(["hep-th"], False), (["gr-qc"], True), (None, True)])
-def test_a_paper_moved_to_another_category_leaves_the_one_it_was_in(tmp_path, asked, there):
+@pytest.mark.parametrize(("asked", "updated"), [(["hep-th"], False), (["gr-qc"], True), (None, True)])
+def test_a_paper_moved_to_another_category_leaves_the_one_it_was_in(tmp_path, asked, updated):
     first = dict(RECORDS[0], categories="hep-th gr-qc")
     others = [dict(RECORDS[1], categories="hep-th"), dict(RECORDS[2], categories="gr-qc")]
     s = OaiServer(from_kaggle([first, *others]), page=25)
@@ -160,7 +160,7 @@ def test_a_paper_moved_to_another_category_leaves_the_one_it_was_in(tmp_path, as
         s.today = "2026-02-03"
         harvest(tmp_path, s.url, out="later", categories=asked)
     titles = {p["id"]: p["title"] for p in table(tmp_path, "later").to_pylist()}
-    assert titles.get(first["id"]) == ("As it is now" if there else None)
+    assert titles.get(first["id"]) == ("As it is now" if updated else None)
     left_out = json.loads((tmp_path / "later" / "counts.json").read_text())["left_out"]
     assert left_out.get("other primary category", 0) == (0 if asked is None else 3 - len(titles))
 

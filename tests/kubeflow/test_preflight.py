@@ -7,7 +7,7 @@ from feyntune.kubeflow.preflight import preflight
 
 
 @pytest.mark.parametrize(
-    ("given", "tested", "said"),
+    ("given", "tested", "message"),
     [
         ({"days": {"until": "", "after": "2024-8-22"}}, {}, "after is '2024-8-22', not a day"),
         ({"categories": ["hep-th", "cs"]}, {"categories": ["hep-ht"]}, r"hep-ht is not among .*categories: cs, hep-th"),
@@ -15,9 +15,9 @@ from feyntune.kubeflow.preflight import preflight
         ({"categories": ["hep th"]}, {}, "'hep th' is not an archive"),
     ],
 )
-def test_what_would_fail_after_hours_is_refused_in_seconds(tiny_base, tmp_path, given, tested, said):
+def test_what_would_fail_after_hours_is_refused_in_seconds(tiny_base, tmp_path, given, tested, message):
     place = str(tmp_path / "store")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         preflight("synthetic:60", ["hep-th/lora-all"], tiny_base, {"evaluate": tested}, 1, place, place, **given)
 
 

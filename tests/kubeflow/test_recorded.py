@@ -83,8 +83,8 @@ def test_the_compiled_retries_outlast_what_a_stock_server_allows() -> None:
     """A stock controller retries errors only (`OnError`); limit and backoff are what a compiled pipeline can state."""
     stock = recorded("workflow-retry-strategies")
     assert stock["templateDefaults"]["retryStrategy"]["retryPolicy"] == "OnError"
-    ours = next(iter(stock["retryStrategies"].values()))
-    assert ours.keys() == {"backoff", "limit"}
+    strategy = next(iter(stock["retryStrategies"].values()))
+    assert strategy.keys() == {"backoff", "limit"}
     spec = next(yaml.load_all((COMPILED / "suite.yaml").read_text(), Loader=yaml.CSafeLoader))
     policies = [
         task["retryPolicy"]

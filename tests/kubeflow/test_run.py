@@ -52,9 +52,9 @@ def _summary(workdir: Path) -> dict[str, Any]:
 
 
 def test_one_branch_fails_and_the_others_are_reported_and_registered(finished: tuple[Path, str]) -> None:
-    workdir, said = finished
-    assert "1 variant failed" in said
-    assert BAD in said
+    workdir, output = finished
+    assert "1 variant failed" in output
+    assert BAD in output
     summary = _summary(workdir)
     assert [f["variant"] for f in summary["failures"]] == [BAD]
     assert "q-bio" in summary["failures"][0]["error"] or "cs" in summary["failures"][0]["error"]

@@ -94,8 +94,8 @@ def test_the_client_library_prints_and_warns_nothing(capfd) -> None:
     with kubeflow() as server, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         submit(server.url, "variant", ONE)
-    ours = [w for w in caught if not issubclass(w.category, ResourceWarning)]  # sockets of other tests end here
-    assert [str(w.message) for w in ours] == []
+    raised = [w for w in caught if not issubclass(w.category, ResourceWarning)]  # sockets of other tests end here
+    assert [str(w.message) for w in raised] == []
     out, _ = capfd.readouterr()
     assert out == ""
 

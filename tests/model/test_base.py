@@ -38,11 +38,11 @@ def test_a_sealed_folder_has_its_manifests_digest_wherever_it_lies(tmp_path, s3,
     with write_artifact(tmp_path / "base", "base") as tmp:
         (tmp.path / "config.json").write_text("{}")
     manifest = push(open_store(f"{s3}/models"), tmp_path / "base", "tiny")
-    here, there = pin_base(str(tmp_path / "base")), pin_base(f"{s3}/models/tiny")
-    assert split_pin(here)[1] == split_pin(there)[1] == manifest.digest
-    fetched = fetch_base(there)
+    in_folder, in_store = pin_base(str(tmp_path / "base")), pin_base(f"{s3}/models/tiny")
+    assert split_pin(in_folder)[1] == split_pin(in_store)[1] == manifest.digest
+    fetched = fetch_base(in_store)
     assert folder_digest(fetched) == manifest.digest
-    assert fetch_base(there) == fetched
+    assert fetch_base(in_store) == fetched
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "just-a-name"])

@@ -48,8 +48,8 @@ def resealed(folder: Path, **files: bytes | None) -> Path:
     old = read_manifest(folder)
     out = folder.with_name(folder.name + "-changed")
     with write_artifact(out, old.kind, inputs=old.inputs, config=old.config) as tmp:
-        kept = {n: (folder / n).read_bytes() for n in old.files}
-        for name, data in {**kept, **files}.items():
+        unchanged = {n: (folder / n).read_bytes() for n in old.files}
+        for name, data in {**unchanged, **files}.items():
             if data is not None:
                 (tmp.path / name).write_bytes(data)
     return out

@@ -52,8 +52,8 @@ def test_whatever_the_policy_no_variant_passes_whose_interval_does_not_lie_below
     mean, down, up, abstracts, margin, metric
 ):
     policy = Policy(metric=metric, margin_over_base=margin, minimum_abstracts=1)
-    found = check_gate(measured(mean, mean - down, mean + up, abstracts), policy)
-    assert found.passed == (mean + up < -margin)
+    result = check_gate(measured(mean, mean - down, mean + up, abstracts), policy)
+    assert result.passed == (mean + up < -margin)
 
 
 def test_a_margin_over_the_base_is_asked_of_the_upper_end():
@@ -78,10 +78,10 @@ def test_every_failed_clause_is_named():
     ]
 
 
-@pytest.mark.parametrize(("found", "passes"), [(0.1, True), (0.11, False), (None, False)])
-def test_memorisation_is_held_against_its_maximum_and_must_have_been_measured(found, passes):
-    assert check_gate(measured(memorization=found), Policy(maximum_memorization=0.1)).passed is passes
-    assert check_gate(measured(memorization=found), Policy()).passed
+@pytest.mark.parametrize(("share", "passes"), [(0.1, True), (0.11, False), (None, False)])
+def test_memorisation_is_held_against_its_maximum_and_must_have_been_measured(share, passes):
+    assert check_gate(measured(memorization=share), Policy(maximum_memorization=0.1)).passed is passes
+    assert check_gate(measured(memorization=share), Policy()).passed
 
 
 def test_by_tokens_a_variant_must_gain_by_tokens_too():
@@ -112,9 +112,9 @@ def test_the_metric_decides_what_better_is():
 def test_a_champion_measured_otherwise_is_replaced_or_kept_as_the_policy_says(other):
     champion = measured(mean=-20)
     assert compare_to_champion(measured(**other), champion, Policy()).passed
-    kept = compare_to_champion(measured(**other), champion, Policy(on_incomparable_champion="keep"))
-    assert not kept.passed
-    assert "another" in kept.message
+    clause = compare_to_champion(measured(**other), champion, Policy(on_incomparable_champion="keep"))
+    assert not clause.passed
+    assert "another" in clause.message
 
 
 def test_a_policy_file_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""How often racing writers are told something that does not stay true: thousands of races, simulated.
+"""How often racing writers are answers something that does not stay true: thousands of races, simulated.
 
 Each request of a writer takes a random time, and an object is seen from some moment within its put. What a writer
 does is what `Registry._decide` does; who comes first is the registry's own `ordered`.
@@ -30,7 +30,7 @@ def preempted(r: random.Random) -> float:
 def told_wrongly(r: random.Random, delay, confirmations: int, settle: float = 0, writers: int = 4) -> bool:
     """One race for the same alias; whether any writer was told what the end does not bear out."""
     events: dict[str, SimpleNamespace] = {}
-    told: dict[str, bool] = {}
+    answers: dict[str, bool] = {}
     queue: list = []
 
     def later(now, do, *args, wait=0.0):
@@ -53,7 +53,7 @@ def told_wrongly(r: random.Random, delay, confirmations: int, settle: float = 0,
 
     def read(now, name, confirmed):
         if confirmed == confirmations:
-            told[name] = _wins(events) == name
+            answers[name] = _wins(events) == name
         else:
             put(now, False, lambda now, _: later(now, read, name, confirmed + 1))
 
@@ -62,7 +62,7 @@ def told_wrongly(r: random.Random, delay, confirmations: int, settle: float = 0,
     while queue:
         now, _, _, do, args = heapq.heappop(queue)
         do(now, *args)
-    return any(was != (name == _wins(events)) for name, was in told.items())
+    return any(was != (name == _wins(events)) for name, was in answers.items())
 
 
 def _wins(events) -> str:

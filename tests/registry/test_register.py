@@ -79,9 +79,9 @@ def test_a_champion_of_another_test_set_is_replaced_unless_the_policy_keeps_it(t
     uri, policy = str(tmp_path / "r"), tmp_path / "gate.yaml"
     first = register(*later(tmp_path, {QKV: BETTER}, 1), uri)
     policy.write_text("on_incomparable_champion: keep\n")
-    kept = register(*later(tmp_path, {QKV: GOOD}, 2, test="f" * 64), uri, policy=policy)
-    assert kept.champion_version == first.champion_version
-    assert "another test set" in kept.variants[QKV].reasons[0]
+    second = register(*later(tmp_path, {QKV: GOOD}, 2, test="f" * 64), uri, policy=policy)
+    assert second.champion_version == first.champion_version
+    assert "another test set" in second.variants[QKV].reasons[0]
     replaced = register(*later(tmp_path, {QKV: GOOD}, 3, test="f" * 64), uri)
     assert replaced.champion_version == replaced.variants[QKV].version
 

@@ -283,10 +283,10 @@ def test_a_deployment_ends_the_lineage(registry, three):
 
 
 def test_diff_shows_the_fields_that_differ(registry, three):
-    found = diff(three[0], three[1])
-    assert found["digest"] == (three[0].digest, three[1].digest)
-    assert "rank" not in found
-    assert "measured.delta.mean" not in found
+    differences = diff(three[0], three[1])
+    assert differences["digest"] == (three[0].digest, three[1].digest)
+    assert "rank" not in differences
+    assert "measured.delta.mean" not in differences
 
 
 # --- several writers
@@ -362,13 +362,13 @@ def test_of_racing_processes_one_promotes_and_all_agree(registry, tmp_path, stor
     processes = [context.Process(target=_race, args=(_s3_environment(), store_uri, n, barrier, results)) for n in names]
     for p in processes:
         p.start()
-    told = dict(results.get(timeout=60) for _ in names)
+    outcomes = dict(results.get(timeout=60) for _ in names)
     for p in processes:
         p.join()
     states = [Registry.open(store_uri).snapshot() for _ in range(2)]
     assert states[0] == states[1]
     champion = states[0].aliases["champion"]
-    assert [n for n in names if told[n] == "done"] == [champion]
+    assert [n for n in names if outcomes[n] == "done"] == [champion]
     promotions = [e for e in states[0].history if e.event.kind == "promote"]
     assert [e.event.versions for e in promotions if e.rejected is None] == [[champion]]
     assert "previous" not in states[0].aliases
@@ -417,9 +417,9 @@ def test_what_racing_writers_are_told_is_what_stands(tmp_path):
                 return False
 
         with ThreadPoolExecutor(4) as pool:
-            told = list(pool.map(promote, range(4)))
+            outcomes = list(pool.map(promote, range(4)))
         champion = Registry(store).aliases()["champion"]
-        assert [e[0].name for e, done in zip(entries, told, strict=True) if done] == [champion]
+        assert [e[0].name for e, done in zip(entries, outcomes, strict=True) if done] == [champion]
 
 
 def _add_many(env, uri, folder, variant, count, barrier):

@@ -150,9 +150,9 @@ class KubeServer:
             container, replicas = {"image": "vllm", **spec["template"]["containers"][0]}, spec["replicas"]
         deployment = self.objects.setdefault(_deployment_of(*key), {"metadata": {"generation": 0}, "status": {}})
         template = {"spec": {"containers": [container]}}
-        wanted = {"replicas": replicas, "selector": {}, "template": template}
-        if deployment.get("spec") != wanted:
-            deployment["spec"] = wanted
+        desired = {"replicas": replicas, "selector": {}, "template": template}
+        if deployment.get("spec") != desired:
+            deployment["spec"] = desired
             deployment["metadata"]["generation"] += 1
             deployment["status"] |= {"observedGeneration": deployment["metadata"]["generation"], "updatedReplicas": 0}
         new_pods_ready = self.ready_after is not None and service["reads"] > self.ready_after

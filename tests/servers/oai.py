@@ -248,11 +248,11 @@ def cooked(record: dict[str, Any]) -> str:
 
 def from_xml(path: Path) -> list[Record]:
     """The records of a saved ListRecords answer."""
-    found = []
+    records = []
     for element in etree.parse(str(path)).getroot().iterfind("{*}ListRecords/{*}record"):
         header = element.find("{*}header")
         metadata = element.find("{*}metadata/{*}*")
-        found.append(
+        records.append(
             Record(
                 header.findtext("{*}identifier").rpartition(":")[2],
                 header.findtext("{*}datestamp"),
@@ -260,7 +260,7 @@ def from_xml(path: Path) -> list[Record]:
                 {etree.QName(metadata).localname: etree.tostring(metadata, encoding="unicode")},
             )
         )
-    return found
+    return records
 
 
 def _set_specs(categories: str) -> list[str]:

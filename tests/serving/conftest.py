@@ -149,12 +149,12 @@ def serving(registry, base, **settings):
 @pytest.fixture(scope="session")
 def registry(adapters, tmp_path_factory) -> Registry:
     """The four adapters, hep-th/lora-all the champion after hep-th/lora-qkv."""
-    there = Registry.open(str(tmp_path_factory.mktemp("registry") / "registry"))
+    registry = Registry.open(str(tmp_path_factory.mktemp("registry") / "registry"))
     for variant, folder in adapters.items():
-        register_adapter(there, variant, folder)
-    there.promote("hep-th/lora-qkv")
-    there.promote("hep-th/lora-all")
-    return there
+        register_adapter(registry, variant, folder)
+    registry.promote("hep-th/lora-qkv")
+    registry.promote("hep-th/lora-all")
+    return registry
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ def test_it_is_alive_but_not_ready_while_the_base_loads(tiny_base, registry, tmp
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"max_rank": 0}, "max_rank"),
         ({"cache_tokens": 10}, "cache_tokens"),
@@ -213,9 +213,9 @@ def test_it_is_alive_but_not_ready_while_the_base_loads(tiny_base, registry, tmp
         ({"base": "nowhere/at/all"}, "no such folder"),
     ],
 )
-def test_a_wrong_setting_ends_it_with_one_sentence(tiny_base, tmp_path, settings, said):
+def test_a_wrong_setting_ends_it_with_one_sentence(tiny_base, tmp_path, settings, message):
     arguments = {"base": tiny_base, "port": free_port(), "grpc_port": free_port(), **settings}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         serve(str(tmp_path), arguments.pop("base"), **arguments)
 
 

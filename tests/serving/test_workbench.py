@@ -135,8 +135,8 @@ class Page:
 
     def close(self) -> None:
         """No complaint in the console (a breach of the policy would be one), and nobody else was asked for anything."""
-        said = [e["message"] for e in self.driver.get_log("browser")]
-        assert [m for m in said if not any(a in m for a in self.allowed)] == []
+        messages = [e["message"] for e in self.driver.get_log("browser")]
+        assert [m for m in messages if not any(a in m for a in self.allowed)] == []
         events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
         sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
         asked = {(s["documentURL"], s["request"]["url"]) for s in sent if s["documentURL"].startswith("http")}
@@ -294,7 +294,7 @@ def test_a_key_is_asked_for_kept_to_the_page_and_never_copied(browser, school, p
         assert not page.all(".error")
         page.ask("The brane", "champion", max_tokens=10, temperature=0)
         page.ended()
-        said = page.copied("text", "champion").removeprefix("The brane")
+        copied = page.copied("text", "champion").removeprefix("The brane")
         curl, python = page.copied("curl", "champion"), page.copied("Python", "champion")
         assert "the-real-key" not in curl + python
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "FEYNTUNE_KEY": "the-real-key"}
@@ -303,9 +303,9 @@ def test_a_key_is_asked_for_kept_to_the_page_and_never_copied(browser, school, p
             ([sys.executable, "-c", python], lambda out: out.removesuffix("\n")),
         ):
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-            assert read(done.stdout) == said, done
-        kept = "return JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
-        assert "the-real-key" not in page.js(kept) + page.js("return document.documentElement.outerHTML")
+            assert read(done.stdout) == copied, done
+        storage = "return JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
+        assert "the-real-key" not in page.js(storage) + page.js("return document.documentElement.outerHTML")
         assert "the-real-key" not in running.output()
         page.close()
 
@@ -382,11 +382,11 @@ def test_it_fits_and_axe_finds_nothing(page, size, dark):
     def check() -> None:
         assert page.js("return document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
         page.js(axe)
-        found = page.driver.execute_async_script(
+        violations = page.driver.execute_async_script(
             "axe.run({rules: {'scrollable-region-focusable': {enabled: true}}}).then(r => arguments[0]("
             "r.violations.map(v => [v.id, v.nodes.map(n => n.html + n.failureSummary)])))"
         )
-        assert found == []
+        assert violations == []
 
     page.open(size, dark).ready()
     for details in page.all("details summary"):
@@ -488,8 +488,8 @@ def test_the_wheel_holds_the_page_and_nothing_of_its_workshop(tmp_path):
     root = workbench.PAGE.parents[2]
     for name in ("pyproject.toml", "README.md", "LICENSE", "feyntune", "pipelines"):
         ignore = shutil.ignore_patterns("node_modules", "__pycache__")
-        there = root / name
-        shutil.copytree(there, tmp_path / name, ignore=ignore) if there.is_dir() else shutil.copy(there, tmp_path)
+        source = root / name
+        shutil.copytree(source, tmp_path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tmp_path)
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
     done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True)
     from zipfile import ZipFile

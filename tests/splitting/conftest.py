@@ -20,14 +20,14 @@ def paper(id: str, abstract: str, primary: str = "hep-th", day: str = "2001-01-0
 
 
 def synthetic_papers(n: int, seed: int = 0) -> list[Paper]:
-    found = []
+    papers = []
     for r in synthetic_records(n, seed):
         first = parsedate_to_datetime(r["versions"][0]["created"]).date()
         withdrawn = "withdrawn" in f"{r['comments']} {r['abstract']}".lower()
         categories = r["categories"].split()
         title, abstract = normal_form(r["title"]), normal_form(r["abstract"])
-        found.append(Paper(r["id"], categories[0], categories, title, abstract, first, None, withdrawn, "synthetic"))
-    return found
+        papers.append(Paper(r["id"], categories[0], categories, title, abstract, first, None, withdrawn, "synthetic"))
+    return papers
 
 
 def write_corpus(folder: Path, papers: Iterable[Paper]) -> Path:

@@ -48,15 +48,15 @@ class Corpus:
 
     def leaks(self, assigned):
         """Pairs of identifiers with equal or nearly equal texts in different splits."""
-        found = []
+        pairs = []
         for a in range(len(self.papers)):
             for b in range(a):
                 if name(a) in assigned and name(b) in assigned:
                     ta, tb = self.papers[a][1], self.papers[b][1]
                     splits = {assigned[name(a)][0], assigned[name(b)][0]} - {EXCLUDED}
                     if (ta == tb or (ta, tb) in self.near or (tb, ta) in self.near) and len(splits) > 1:
-                        found.append((name(a), name(b)))
-        return found
+                        pairs.append((name(a), name(b)))
+        return pairs
 
 
 def name(k: int) -> str:

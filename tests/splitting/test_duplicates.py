@@ -45,8 +45,8 @@ def test_near_duplicates_are_exactly_the_pairs_whose_real_similarity_reaches_the
         for a in range(b)
         if jaccard(sets[a], sets[b]) >= THRESHOLD
     }
-    found = find(texts)
-    assert dict(zip(map(tuple, found.pairs.tolist()), found.similarity.tolist(), strict=True)) == by_force
+    duplicates = find(texts)
+    assert dict(zip(map(tuple, duplicates.pairs.tolist()), duplicates.similarity.tolist(), strict=True)) == by_force
     assert 40 < len(by_force) < 150  # some of the edited ones are near, some are not
 
 
@@ -61,17 +61,17 @@ def test_recall_of_minhash_at_the_threshold_itself(abstracts):
             pair = (len(texts), len(texts) + 1)
             texts += [t + tag, other + tag]
             expected.add(pair)
-    found = set(map(tuple, find(texts).pairs.tolist()))
+    pairs = set(map(tuple, find(texts).pairs.tolist()))
     assert len(expected) > 200
-    assert expected <= found
+    assert expected <= pairs
     assert (1 - THRESHOLD**ROWS) ** (PERMUTATIONS // ROWS) < 1e-6
 
 
 def test_equal_texts_share_a_number_and_are_no_pair():
-    found = find(["one text of some words", "another", "one text of some words", "another"], size=1)
-    assert found.text.tolist() == [0, 1, 0, 1]
-    assert found.row.tolist() == [0, 1]
-    assert len(found.pairs) == 0
+    duplicates = find(["one text of some words", "another", "one text of some words", "another"], size=1)
+    assert duplicates.text.tolist() == [0, 1, 0, 1]
+    assert duplicates.row.tolist() == [0, 1]
+    assert len(duplicates.pairs) == 0
 
 
 def test_similarity_between_two_texts_does_not_depend_on_the_others(abstracts):
@@ -89,7 +89,7 @@ def test_no_texts_have_no_pairs():
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 4))
 def test_equal_pairs_gives_every_pair_of_equal_values_once(values, at_once):
-    found = [tuple(sorted(p)) for a, b in equal_pairs(np.array(values), at_once) for p in zip(a, b, strict=True)]
-    assert sorted(found) == [
+    pairs = [tuple(sorted(p)) for a, b in equal_pairs(np.array(values), at_once) for p in zip(a, b, strict=True)]
+    assert sorted(pairs) == [
         (a, b) for a in range(len(values)) for b in range(a + 1, len(values)) if values[a] == values[b]
     ]

@@ -68,8 +68,8 @@ def test_withdrawn_papers_are_dropped_and_counted(made, papers):
 
 def test_every_pair_of_near_duplicates_is_in_one_split_by_brute_force(made, papers):
     assigned = splits_of(made / "split")
-    kept = [(assigned[p.id], shingles(p.abstract)) for p in papers if assigned[p.id] != "excluded"]
-    near = [(x, y) for k, (x, a) in enumerate(kept) for y, b in kept[:k] if jaccard(a, b) >= THRESHOLD]
+    shingled = [(assigned[p.id], shingles(p.abstract)) for p in papers if assigned[p.id] != "excluded"]
+    near = [(x, y) for k, (x, a) in enumerate(shingled) for y, b in shingled[:k] if jaccard(a, b) >= THRESHOLD]
     assert len(near) > 8
     assert all(x == y for x, y in near)
 
@@ -206,11 +206,11 @@ def test_the_proof_finds_what_a_blind_minhash_misses_and_the_step_leaves_nothing
 
 
 def test_user_mixtures_are_drawn(made, tmp_path):
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(
+    own_mixtures = tmp_path / "mine.yaml"
+    own_mixtures.write_text(
         "mixtures: [{name: half, parts: {hep-th: 50%, cs: 50%}, size: th}, {name: th, parts: {hep-th: all}}]"
     )
-    split(made / "corpus", tmp_path / "out", mixtures=mine)
+    split(made / "corpus", tmp_path / "out", mixtures=own_mixtures)
     assert set(table(tmp_path / "out", "mixtures")["mixture"].to_pylist()) == {"half", "th"}
     assert open_artifact(tmp_path / "out").config["mixtures"][0]["name"] == "half"
 

@@ -243,8 +243,8 @@ def test_figures_are_those_of_the_scores_worked_out_apart(study, tmp_path):
     assert summary["agreement"]["icc"]["value"] == pytest.approx(icc(table))
     assert summary["agreement"]["alpha"]["value"] == pytest.approx(alpha(table))  # the others have one rater
     assert (summary["agreement"]["items"], summary["agreement"]["papers"]) == (12, 3)
-    ours = np.array([[given[r, i, s] for r in CONFIG.raters] for i in shared for s in GIFT if s != "claude"], float)
-    assert summary["agreement"]["icc_without_others"]["value"] == pytest.approx(icc(ours))
+    scores = np.array([[given[r, i, s] for r in CONFIG.raters] for i in shared for s in GIFT if s != "claude"], float)
+    assert summary["agreement"]["icc_without_others"]["value"] == pytest.approx(icc(scores))
     assert summary["agreement"]["icc"]["value"] > summary["agreement"]["icc_without_others"]["value"]
 
 

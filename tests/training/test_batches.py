@@ -30,12 +30,12 @@ def test_a_batch_is_divided_whole_and_evenly(lengths, parts):
 
 @given(st.lists(st.text("abc", min_size=0, max_size=60), min_size=1, max_size=5), st.integers(8, 20))
 def test_every_token_of_a_split_text_is_predicted_once(texts, context):
-    found, cut = documents([(str(i), t) for i, t in enumerate(texts)], Letters(), context)
-    assert all(2 <= len(d.tokens) <= context for d in found)
-    assert predicted(found) == sum(len(t) + 1 for t in texts)
+    pieces, cut = documents([(str(i), t) for i, t in enumerate(texts)], Letters(), context)
+    assert all(2 <= len(d.tokens) <= context for d in pieces)
+    assert predicted(pieces) == sum(len(t) + 1 for t in texts)
     assert cut == sum(len(t) + 2 > context for t in texts)
     for i, text in enumerate(texts):
-        parts = [d.tokens for d in found if d.id == str(i)]
+        parts = [d.tokens for d in pieces if d.id == str(i)]
         joined = parts[0] + [token for part in parts[1:] for token in part[1:]]
         assert joined == [0, *map(ord, text), 1]
 

@@ -29,8 +29,8 @@ def test_the_rate_is_p(p):
 
 
 def test_values_along_both_axes_are_dropped_independently():
-    kept = (masks([4000], [5], p=0.5, features=16) > 0).float()[0]
-    correlation = torch.corrcoef(kept.T) - torch.eye(16)
+    mask = (masks([4000], [5], p=0.5, features=16) > 0).float()[0]
+    correlation = torch.corrcoef(mask.T) - torch.eye(16)
     assert correlation.abs().max() < 0.1
 
 

@@ -38,21 +38,21 @@ def kept_bytes_per_token(base, method, dropout, precision):
     model, masks = add_adapter(load_base(base, precision, "cpu"), method, config, "tiny")
     fuse_norms_without_copies(model)
     frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in frozen:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def nbytes(tokens):
-        kept.clear()
+        saved.clear()
         masks.set([tokens], [1])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(precision):
             hidden = hidden_states(model.train(), pack([[5] * tokens]))
         assert hidden.requires_grad
-        return sum(kept.values())
+        return sum(saved.values())
 
     return (nbytes(200) - nbytes(100)) / 100, Shape.of(model.config.to_dict())
 
