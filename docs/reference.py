@@ -96,7 +96,7 @@ def http() -> str:
     described = app.openapi()
     schemas = described["components"]["schemas"]
     text = "# HTTP API\n\nOpenAI's own reference holds for the paths under `/openai/v1`; what this endpoint cannot "
-    text += "honour it refuses by field. KServe's V1 and V2 are at `/v1/models/NAME:predict` and "
+    text += "honor it refuses by field. KServe's V1 and V2 are at `/v1/models/NAME:predict` and "
     text += "`/v2/models/NAME/infer`, gRPC on its own port, health at `/v2/health/live` and `/v2/health/ready`, the "
     text += "OpenAPI description at `/openapi.json`.\n"
     for path, methods in sorted(described["paths"].items()):

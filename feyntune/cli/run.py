@@ -141,7 +141,7 @@ def plan(
         hardware,
         devices,
         tokens_per_second=tokens_per_second,
-        utilisation=utilization,
+        utilization=utilization,
         price=price,
     )
     whole = totals(rows)

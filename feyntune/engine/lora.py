@@ -89,7 +89,7 @@ class MultiLora(nn.Module):
             return y
         columns = inactive.shape[1]
         h = F.linear(x.to(self.a.dtype), self.a[:columns])[0]  # [1, tokens, columns] -> [tokens, columns]
-        # Not a product with 0 and 1: a neighbour's overflow (inf x 0 = nan) must not reach this token.
+        # Not a product with 0 and 1: a neighbor's overflow (inf x 0 = nan) must not reach this token.
         h.masked_fill_(inactive, 0)
         return torch.addmm(y[0].to(h.dtype), h, self.b[:columns]).to(y.dtype)[None]
 

@@ -1,4 +1,4 @@
-"""The longest run of words a text shares with any of many others, word for word: what a model may have learnt by heart.
+"""The longest run of words that a text shares with any of many others: a measure of verbatim memorization.
 
 Exact, in a few passes over the others, in which only numbers are held. Words (case and punctuation as they are; the
 normal form has one space between them) become numbers by the texts' own vocabulary; a run of n words becomes a 64-bit

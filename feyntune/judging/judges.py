@@ -1,7 +1,7 @@
 """Language models as blind judges: two completions of one prompt, in both orders, names hidden.
 
 The scale (1 to 10) is FeynTune's (arXiv 2508.03716, its published scores). What its raters were told is not published,
-so the rubric is ours. Both orders are asked because judges favour a place (Zheng et al. 2023, arXiv 2306.05685, §3.3).
+so the rubric is ours. Both orders are asked because judges favor a place (Zheng et al. 2023, arXiv 2306.05685, §3.3).
 """
 
 import json

@@ -50,7 +50,7 @@ def restrict_namespace(name: str) -> None:
         client.CoreV1Api().patch_namespace(name, {"metadata": {"labels": labels}})
     except ApiException as e:
         raise UserError(
-            f"Namespace {name} cannot be labelled ({e.reason}): set podSecurity.labelNamespace=false."
+            f"Namespace {name} cannot be labeled ({e.reason}): set podSecurity.labelNamespace=false."
         ) from e
     log.info("namespace %s admits only %s pods", name, LEVEL)
 

@@ -143,7 +143,7 @@ def _absolute(source: str) -> str:
 def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | None:
     """Run compiled/suite.yaml; returns what failed, or None. Everything printed goes to `log_file`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # settings that only a cluster honours: accelerators, node selectors, …
+        warnings.simplefilter("ignore")  # settings that only a cluster honors: accelerators, node selectors, …
         from kfp import components, local
 
         # The steps mark their own lines, which are shown as they come, and end when this process is gone.

@@ -120,7 +120,7 @@ def fetch_base(base: str) -> str:
         except Exception as e:  # the hub's client lets those of its HTTP library through
             raise UserError(
                 f"Base model {location} cannot be downloaded ({type(e).__name__}): check the name, the network and, "
-                "for a gated model such as Llama, that HF_TOKEN is set and its licence accepted."
+                "for a gated model such as Llama, that HF_TOKEN is set and its license accepted."
             ) from e
     raise UserError(f"Base model {location}: there is no such folder, and it is not a hub id like ORG/NAME.")
 
@@ -139,5 +139,5 @@ def _hub_commit(model: str, expected: str | None) -> str:
     except Exception as e:  # the hub's client lets those of its HTTP library through
         raise UserError(
             f"Base model {model} cannot be found on the hub ({type(e).__name__}): check the name, the network and, "
-            "for a gated model such as Llama, that HF_TOKEN is set and its licence accepted."
+            "for a gated model such as Llama, that HF_TOKEN is set and its license accepted."
         ) from e

@@ -83,7 +83,7 @@ def load_base(
 
     Args:
         base: a folder, an `s3://` folder or a model id of the Hugging Face hub, with or without `@digest`.
-        precision: "nf4" is 4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314 §3), computing
+        precision: "nf4" is 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314 §3), computing
             in bf16 on a GPU and in fp32 on a CPU, where bf16 is slower.
         attention: ATTENTION for packed documents, "sdpa" for generation.
 

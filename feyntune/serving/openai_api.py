@@ -1,6 +1,6 @@
 """OpenAI's completions, chat completions and models, as its clients expect them.
 
-A setting that this server cannot honour is refused, never ignored.
+A setting that this server cannot honor is refused, never ignored.
 """
 
 import asyncio

@@ -237,7 +237,7 @@ def markdown(summary: dict[str, Any]) -> str:
     lines += ["", "| agreement | ours (95 %) | published |", "|---|---:|---:|"]
     for key, words in AGREEMENT.items():
         a = summary["agreement"][key]
-        interval = f"{show(a['value'])} [{show(a['low'])}, {show(a['high'])}]"
-        lines.append(f"| {words} | {interval} | {summary['published'][key]:.2f} |")
+        shown = f"{show(a['value'])} [{show(a['low'])}, {show(a['high'])}]"
+        lines.append(f"| {words} | {shown} | {summary['published'][key]:.2f} |")
     lines += ["", *(f"- {key}: {text}" for key, text in summary["how"].items())]
     return "\n".join(lines) + "\n"

@@ -62,7 +62,7 @@ def plan_variants(
     config: TrainConfig | None = None,
     tokens_per_paper: float = TOKENS_PER_PAPER,
     tokens_per_second: float | None = None,
-    utilisation: float = 0.35,
+    utilization: float = 0.35,
     price: float | None = None,
     shape: Shape = LLAMA_8B,
 ) -> list[Row]:
@@ -70,7 +70,7 @@ def plan_variants(
 
     Args:
         papers: training papers of each `MIXTURE/METHOD`.
-        tokens_per_second: useful tokens a second of one device, as measured; else it follows from `utilisation`,
+        tokens_per_second: useful tokens a second of one device, as measured; else it follows from `utilization`,
             the share of the peak FLOP/s that 4N FLOPs a token make (6N for what is recomputed).
         price: of one device for one hour.
 
@@ -89,10 +89,10 @@ def plan_variants(
         per_epoch = -(-count // config.global_batch_size)
         steps = config.max_steps or config.epochs * per_epoch
         tokens = steps / per_epoch * count * tokens_per_paper
-        rate = tokens_per_second or device.flops * utilisation / flops_per_token(shape, fit.layers)
+        rate = tokens_per_second or device.flops * utilization / flops_per_token(shape, fit.layers)
         hours = tokens / rate / 3600
         # The same device at the same share of its peak, so that the recipes are compared and nothing else.
-        plain = tokens_per_second or device.flops * utilisation / flops_per_token(shape, 0)
+        plain = tokens_per_second or device.flops * utilization / flops_per_token(shape, 0)
         recomputing = flops_per_token(shape, shape.layers) / flops_per_token(shape, 0)
         published = tokens * PADDING_OVERHEAD * recomputing / plain / (1 - PUBLISHED_EVAL_SHARE) / 3600
         money = lambda spent: None if price is None else round(spent * price, 2)

@@ -30,7 +30,7 @@ _FINAL = ("seconds", "train_tokens", "tokens_per_second", "peak_memory_bytes", "
 
 
 class Metrics:
-    """The gauges `feyntune_train_…` of one training, labelled with its variant."""
+    """The gauges `feyntune_train_…` of one training, labeled with its variant."""
 
     def __init__(self, variant: str, enabled: bool):
         self.variant, self.enabled = variant, enabled

@@ -140,8 +140,8 @@ def _train(
     seed: int,
 ) -> float:
     """Returns the mean loss of the last tenth of the steps, nats a token."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = get_cosine_schedule_with_warmup(optimiser, math.ceil(steps / 20), steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps / 20), steps)
     losses = []
     with progress("tiny base", steps, "steps") as ticker:
         for _, batch in zip(range(steps), _batches(tokenizer, texts, tokens_per_step, context, seed), strict=False):
@@ -150,9 +150,9 @@ def _train(
             loss = F.cross_entropy(logits, packed.labels[0], ignore_index=IGNORE)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             losses.append(loss.item())
             ticker.advance(loss=losses[-1])
     last = losses[-max(1, steps // 10) :]

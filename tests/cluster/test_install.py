@@ -2,7 +2,7 @@
 
 Needs KUBECONFIG; an S3 server in S3_ENDPOINT, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, which pods reach at
 S3_ENDPOINT_PODS (the same when left out); the images feyntune/{worker,trainer,predictor}:0.1.0 (the trainer built with
-TORCH=cpu where nodes have no real GPUs); a node with nvidia.com/gpu: 3, labelled and tainted as manifests/gke says.
+TORCH=cpu where nodes have no real GPUs); a node with nvidia.com/gpu: 3, labeled and tainted as manifests/gke says.
 Where FEYNTUNE_POD_HOST names an address of this machine that pods reach, a Kubeflow server of the tests listens there.
 The tests run in the order they stand in; each builds on those before it.
 """

@@ -285,7 +285,7 @@ def test_an_adapter_that_overflows_is_refused_and_spoils_nobody(tiny_base, adapt
     assert run(beside()) == [alone(v, ids_, 150, eos_token_id=None) for v in (name, None)]
 
 
-def test_a_neighbours_overflow_stays_in_its_own_columns():
+def test_a_neighbors_overflow_stays_in_its_own_columns():
     layer = torch.nn.Linear(4, 4)
     model = torch.nn.ModuleDict({"q_proj": layer})
     slots, layers = install(model, 2, 2, torch.float32)

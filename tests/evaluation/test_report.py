@@ -88,7 +88,7 @@ def test_in_a_browser_everything_is_visible_and_nothing_is_fetched(tmp_path, com
     assert len(result["tables"]) == 9
     assert all(result["tables"])
     assert result["marks"]
-    assert set(result["marks"]) == {"underline 600"}  # not by colour alone
+    assert set(result["marks"]) == {"underline 600"}  # not by color alone
     assert (result["unnamed"], result["headless"]) == (0, 0)
     assert browser.get_log("browser") == []
     asked = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]

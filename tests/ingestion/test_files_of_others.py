@@ -149,7 +149,7 @@ NOTICES = [
 PAPERS = [
     "We model how fast a drug is cleared after it was withdrawn from the market.",
     "When the needle is withdrawn from the tissue the strain relaxes.",
-    "We analyse retracted papers in biomedicine.",
+    "We analyze retracted papers in biomedicine.",
     "The dataset of withdrawn arXiv papers is released.",
     "Retracted onto the boundary of the disk, the map is smooth.",
     "Withdrawn from the grid, power falls.",

@@ -79,7 +79,7 @@ def test_every_failed_clause_is_named():
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.1, True), (0.11, False), (None, False)])
-def test_memorisation_is_held_against_its_maximum_and_must_have_been_measured(share, passes):
+def test_memorization_is_held_against_its_maximum_and_must_have_been_measured(share, passes):
     assert check_gate(measured(memorization=share), Policy(maximum_memorization=0.1)).passed is passes
     assert check_gate(measured(memorization=share), Policy()).passed
 

@@ -203,7 +203,7 @@ def test_an_unknown_model_is_named_with_those_there_are(client):
         ({"prompt": "x", "frobnicate": True}, "frobnicate"),
     ],
 )
-def test_what_it_cannot_honour_is_refused_by_field_in_openais_shape(endpoint, body, param):
+def test_what_it_cannot_honor_is_refused_by_field_in_openais_shape(endpoint, body, param):
     answer = httpx.post(
         f"{endpoint.url}/openai/v1/completions",
         content=json.dumps({"model": "base", **body}),

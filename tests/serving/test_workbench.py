@@ -190,13 +190,13 @@ def test_two_systems_are_seen_to_write_side_by_side(page, lectern):
     assert len({t["level"] for model in ("base", "champion") for t in page.tokens(model)}) > 1
 
 
-def test_surprise_is_told_apart_without_colour_and_explained(page):
+def test_surprise_is_told_apart_without_color_and_explained(page):
     shades = page.js(
         "return [...document.querySelectorAll('.legend .token')].map(t => { const s = getComputedStyle(t);"
         "return [t.textContent, s.borderBottomStyle + s.borderBottomWidth, s.backgroundColor] })"
     )
     assert [name for name, _, _ in shades] == ["0–1", "1–2", "2–4", "4–7", "over 7"]
-    assert len({line for _, line, _ in shades}) == len({colour for _, _, colour in shades}) == 5
+    assert len({line for _, line, _ in shades}) == len({color for _, _, color in shades}) == 5
     page.ask("The brane shows", "base", max_tokens=20, temperature=1)
     page.ended()
     page.one(".view label:nth-of-type(1) input").click()

@@ -184,7 +184,7 @@ def one(**fields) -> dict:
         (one(parts={"hep-th": "lots"}), "parts hep-th"),
         (one(parts={}), "mine parts"),
         (one(name="No Good"), "is not the name of a mixture"),
-        (one(colour="red"), "colour"),
+        (one(color="red"), "color"),
         ({"mixtures": one()["mixtures"] * 2}, "mine is defined twice"),
         (one(parts={"cs": "fill"}, size="gone"), "takes the size of gone"),
         ({"mixtures": []}, "mixtures"),

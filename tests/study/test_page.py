@@ -163,7 +163,7 @@ return {
   scroll: document.documentElement.scrollWidth,
   values: [...document.querySelectorAll("button")].map((b) => b.value),
   small: [...document.querySelectorAll("button")].map(box).filter((b) => b.width < 44 || b.height < 44 || b.left < 0 || b.right > width),
-  unlabelled: [...document.querySelectorAll("textarea, progress")].filter((e) => !e.labels.length).map((e) => e.id),
+  unlabeled: [...document.querySelectorAll("textarea, progress")].filter((e) => !e.labels.length).map((e) => e.id),
   bold: document.querySelectorAll(".text b").length,
 };
 """  # noqa: E501
@@ -180,7 +180,7 @@ def test_the_page_fits_fetches_nothing_from_outside_and_logs_no_error(browser, s
         assert result["scroll"] <= width
         assert result["values"] == [str(n) for n in range(1, 11)]
         assert result["small"] == []
-        assert result["unlabelled"] == []
+        assert result["unlabeled"] == []
         assert result["bold"] == 0  # texts are shown, not taken for HTML
         look_at(browser, f"study-{width}-{number}.png")
         shown.add(browser.find_element(By.ID, "continuation").text)
