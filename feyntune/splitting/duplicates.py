@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from datasketch import MinHash
 
-WORDS = 3  # words of a shingle
+SHINGLE_WORDS = 3  # words of a shingle
 THRESHOLD = 0.6  # Jaccard similarity of shingle sets from which two texts are near-duplicates
 PERMUTATIONS = 192
 # A pair at the threshold is missed with probability (1 - 0.6^3)^64 = 2e-7, one at 0.7 with 1e-12.
@@ -30,9 +30,9 @@ def shingles(text: str) -> set[bytes]:
     A text of fewer words is one shingle; one without any word is its own shingle.
     """
     words = " ".join(_WORD.findall(text.lower())).encode().split()
-    if len(words) < WORDS:
+    if len(words) < SHINGLE_WORDS:
         return {b" ".join(words) or text.encode()}
-    return {b" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+    return {b" ".join(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1)}
 
 
 def jaccard(a: set[bytes], b: set[bytes]) -> float:

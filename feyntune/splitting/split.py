@@ -19,7 +19,7 @@ from feyntune.errors import UserError
 from feyntune.splitting import assign as rule
 from feyntune.splitting.assign import Assignment
 from feyntune.splitting.audit import verify_no_leakage
-from feyntune.splitting.duplicates import PERMUTATIONS, ROWS, THRESHOLD, WORDS, Duplicates, find_duplicates
+from feyntune.splitting.duplicates import PERMUTATIONS, ROWS, SHINGLE_WORDS, THRESHOLD, Duplicates, find_duplicates
 from feyntune.splitting.mixtures import draw
 from feyntune.telemetry import log, progress
 from feyntune.variants import load_mixtures
@@ -237,8 +237,8 @@ def _duplicates(
             ],
         },
         "near": {
-            "method": f"MinHash of {WORDS}-word shingles, {PERMUTATIONS} permutations, {PERMUTATIONS // ROWS} bands "
-            f"of {ROWS}; similarity of the shingle sets themselves",
+            "method": f"MinHash of {SHINGLE_WORDS}-word shingles, {PERMUTATIONS} permutations, "
+            f"{PERMUTATIONS // ROWS} bands of {ROWS}; similarity of the shingle sets themselves",
             "threshold": threshold,
             "pairs": len(pairs),
             "texts": len(np.unique(pairs)),

@@ -48,13 +48,13 @@ def prometheus(tiny_base, tiny_split, tmp_path_factory) -> Iterator["Prometheus"
         server.saw("serving", 2)  # it scrapes nothing in its first seconds, which is longer than a training takes
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FEYNTUNE_METRICS_PORT", str(training))
-            knobs = TrainConfig(precision="fp32", epochs=12, learning_rate=0.003, save_every_steps=4)
+            settings = TrainConfig(precision="fp32", epochs=12, learning_rate=0.003, save_every_steps=4)
             place = {"data": tiny_split, "mixture": "hep-th", "method": "lora-qkv", "base": tiny_base}
             until = time.monotonic() + 300
             for attempt in itertools.count():  # the machine may be too busy to be scraped, or faster than the scrapes
                 out, saved = tmp / f"out-{attempt}", str(tmp / f"saved-{attempt}")
                 thread = threading.Thread(
-                    target=train, kwargs={**place, "out": out, "config": knobs, "checkpoints": saved}
+                    target=train, kwargs={**place, "out": out, "config": settings, "checkpoints": saved}
                 )
                 thread.start()
                 asked = 0

@@ -162,7 +162,7 @@ def bridge():
     return Corpus(papers, {(train, 299), (test, 299)}), train, test
 
 
-def test_a_paper_between_two_splits_is_set_aside_and_moves_neither():
+def test_a_paper_between_two_splits_is_excluded_and_moves_neither():
     _, train, test = bridge()
     ids = [name(k) for k in (train, test, 299)]
     pairs = np.array([[0, 2], [1, 2]])
@@ -171,7 +171,7 @@ def test_a_paper_between_two_splits_is_set_aside_and_moves_neither():
     assert result.reasons == {2: (BETWEEN, ids[:2])}
 
 
-def test_a_late_old_paper_between_two_pinned_ones_is_set_aside():
+def test_a_late_old_paper_between_two_pinned_ones_is_excluded():
     corpus, train, test = bridge()
     corpus.papers[299] = (-5, 299)
     before = corpus.assigned([train, test])
@@ -203,7 +203,7 @@ def test_a_new_paper_that_repeats_an_old_text_is_no_hold_out():
     assert result.reasons[1] == (REPEATS, [name(0)])
 
 
-def test_a_late_old_paper_that_repeats_a_held_out_one_is_set_aside():
+def test_a_late_old_paper_that_repeats_a_held_out_one_is_excluded():
     ids = [name(0), name(1)]
     pinned = {ids[1]: (HOLDOUT, ids[1])}
     days, place = np.array([1, 9]), hashes(ids, "k")[0]

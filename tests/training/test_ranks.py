@@ -22,8 +22,8 @@ def masters(monkeypatch):
 
 
 def test_one_two_and_three_devices_train_the_same_adapter(job, masters):
-    knobs = {"learning_rate": 3e-4, "epochs": 4, "lora_dropout": 0.05}
-    made = [job(out=f"on-{n}", devices=n, **knobs) for n in (1, 2, 3)]  # a batch of 16 over 3, too
+    settings = {"learning_rate": 3e-4, "epochs": 4, "lora_dropout": 0.05}
+    made = [job(out=f"on-{n}", devices=n, **settings) for n in (1, 2, 3)]  # a batch of 16 over 3, too
     for n, one in enumerate(made, 1):
         run_training(one, ranks=n)
     alone = masters(made[0])
