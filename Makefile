@@ -6,7 +6,7 @@
 # make test-rig RIG= the same on a cluster made for it on this machine, by the commands in that folder
 # make test-newest   `make test` with the newest transformers, peft, kfp and kserve
 # make compile       compile the pipelines to pipelines/compiled
-# make reference     write docs/reference and the chart's table of values
+# make reference     write docs/reference, the components' tables and the chart's table of values
 # make docs wheel images lock format clean
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
 BIN := .venv/bin
@@ -61,6 +61,7 @@ compile: env
 
 reference: env
 	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/components.py
 	$(BIN)/python charts/readme.py
 
 docs: env

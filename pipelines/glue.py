@@ -1,4 +1,4 @@
-"""The components between the steps: check before anything starts, say what is to be done, say how it ended."""
+"""The components around the steps: preflight, check-cache, fail-if-any-failed."""
 
 from typing import List, NamedTuple  # noqa: UP035 (Kubeflow's type annotations)
 
@@ -22,7 +22,7 @@ def preflight(
     registry: str,
     serving: dict,
 ) -> NamedTuple("Pinned", variants=list[str], base=str, fingerprint=str):  # type: ignore[misc,valid-type]
-    """Fail in seconds on what would fail after hours; pin the base and the source."""
+    """Check all parameters before anything starts; pin the base model and the source."""
     from feyntune.kubeflow.preflight import preflight
     from feyntune.telemetry import one_sentence
 
@@ -41,7 +41,7 @@ def check_cache(
     store: str,
     plan: dsl.Output[dsl.Markdown],
 ) -> NamedTuple("Pending", base=list[str], variants=list[str]):  # type: ignore[misc,valid-type]
-    """List what no earlier run finished: ["base"] or [], and variants. `plan` says which iteration is which."""
+    """List the systems that no earlier run finished: ["base"] or [], and variants. `plan` names each iteration."""
     from pathlib import Path
 
     from feyntune.kubeflow.preflight import check_cache, plan_table
@@ -56,7 +56,7 @@ def check_cache(
 
 @dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
 def fail_if_any_failed(comparison: dsl.Input[dsl.Dataset]):
-    """Fail the run when a variant failed; every result and the report are there already."""
+    """Fail the run if a variant failed; all other results and the report are already stored."""
     from feyntune.kubeflow.preflight import fail_if_any_failed
     from feyntune.telemetry import one_sentence
 

@@ -17,7 +17,17 @@ def evaluate(
     store: str,
     scores: dsl.Output[dsl.Dataset],
 ):
-    """Score one variant's adapter on the test abstracts."""
+    """Score one variant's adapter on the test abstracts.
+
+    Args:
+        data: artifact of kind split.
+        adapter: artifact of kind adapter, from train.
+        variant: MIXTURE/METHOD, such as hep-th/lora-qkv.
+        base: base model with its digest (LOCATION@DIGEST), from preflight.
+        recipe: training and evaluation settings that differ from the defaults.
+        store: folder or s3://BUCKET/PREFIX where finished evaluations are cached.
+        scores: artifact of kind evaluation: scores and completions of the system.
+    """
     from feyntune.evaluation.step import evaluate_branch
     from feyntune.telemetry import one_sentence
 
@@ -34,7 +44,16 @@ def evaluate_base(
     store: str,
     scores: dsl.Output[dsl.Dataset],
 ):
-    """Score the base model (named `variant`) on the test abstracts."""
+    """Score the base model on the test abstracts.
+
+    Args:
+        data: artifact of kind split.
+        variant: the name of the base among the systems: base.
+        base: base model with its digest (LOCATION@DIGEST), from preflight.
+        recipe: training and evaluation settings that differ from the defaults.
+        store: folder or s3://BUCKET/PREFIX where finished evaluations are cached.
+        scores: artifact of kind evaluation: scores and completions of the system.
+    """
     from feyntune.evaluation.step import evaluate_branch
     from feyntune.telemetry import one_sentence
 
@@ -55,7 +74,20 @@ def compare(
     table: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Compare all variants with the base, paired over abstracts, and write the report."""
+    """Compare all variants with the base, paired over abstracts, and write the report.
+
+    Args:
+        corpus: artifact of kind corpus, for the report's counts.
+        data: artifact of kind split.
+        variants: the variants of the run.
+        base: base model with its digest (LOCATION@DIGEST), from preflight.
+        recipe: training and evaluation settings that differ from the defaults.
+        store: folder or s3://BUCKET/PREFIX with the run's adapters and evaluations.
+        comparison: artifact of kind comparison: summary.json, table.csv, report.html.
+        report: the report as one HTML page.
+        table: the result table as Markdown.
+        metrics: perplexities and differences, for the Kubeflow UI.
+    """
     import shutil
 
     from feyntune.evaluation.step import compare_branches

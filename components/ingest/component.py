@@ -16,7 +16,16 @@ def ingest(
     store: str,
     corpus: dsl.Output[dsl.Dataset],
 ):
-    """Read papers from a source into a canonical corpus. `fingerprint` makes a changed source or code a new task."""
+    """Read papers from a source into a canonical corpus.
+
+    Args:
+        source: kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.
+        until: date (YYYY-MM-DD); only papers first submitted up to it are read. "" reads all.
+        categories: primary categories (hep-th) or archives (cs) to read.
+        fingerprint: of the source and the code, from preflight; a change makes Kubeflow run the step again.
+        store: folder or s3://BUCKET/PREFIX; in a folder, a harvest keeps its pages there and resumes from them.
+        corpus: artifact of kind corpus: papers.parquet, counts.json.
+    """
     import hashlib
 
     from feyntune.artifacts.store import FolderStore, open_store
@@ -25,9 +34,7 @@ def ingest(
 
     with one_sentence():
         artifacts, harvest = open_store(store), None
-        if isinstance(
-            artifacts, FolderStore
-        ):  # on this machine's disk: it outlives the step, and a later run resumes it
+        if isinstance(artifacts, FolderStore):  # a local folder outlives the step, so a later run can resume
             harvest = artifacts.root / "harvests" / hashlib.sha256(source.encode()).hexdigest()[:16]
         manifest = ingest(source, corpus.path, until=until or None, categories=categories, state=harvest)
         corpus.metadata["digest"] = manifest.digest

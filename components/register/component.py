@@ -12,7 +12,17 @@ def register(
     registry: str,
     registration: dsl.Output[dsl.Dataset],
 ) -> str:
-    """Put the adapters that were measured into the registry, promote the best one past the gate. Returns it."""
+    """Register the measured adapters, check each against the gate, and promote the best one that passes.
+
+    Args:
+        comparison: artifact of kind comparison, from compare.
+        store: folder or s3://BUCKET/PREFIX with the run's adapters.
+        registry: folder or s3://BUCKET/PREFIX of the registry.
+        registration: artifact with the registered versions and the gate's results.
+
+    Returns:
+        The champion's name, "" if no version passed the gate.
+    """
     from feyntune.registry.step import register_branches
     from feyntune.telemetry import one_sentence
 

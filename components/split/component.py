@@ -7,9 +7,16 @@ from feyntune.constants import WORKER_IMAGE
 
 @dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)
 def split(corpus: dsl.Input[dsl.Dataset], after: str, fingerprint: str, data: dsl.Output[dsl.Dataset]) -> str:
-    """Assign papers to train, validation and test, draw the mixtures, audit for leaks. Returns the split's digest.
+    """Assign papers to train, validation and test, draw the mixtures, and audit the result for leaks.
 
-    `fingerprint` makes changed code a new task.
+    Args:
+        corpus: artifact of kind corpus, from ingest.
+        after: date (YYYY-MM-DD); later papers form the hold-out. "" makes no hold-out.
+        fingerprint: of the source and the code, from preflight; a change makes Kubeflow run the step again.
+        data: artifact of kind split: papers.parquet, mixtures.parquet, audit.json.
+
+    Returns:
+        The digest of the split.
     """
     from feyntune.splitting.split import split
     from feyntune.telemetry import one_sentence

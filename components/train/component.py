@@ -16,7 +16,18 @@ def train(
     adapter: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ):
-    """Train one variant's adapter on all devices of this pod; a retry resumes from the newest checkpoint."""
+    """Train one variant's adapter on all devices of the pod; a retry resumes from the newest checkpoint.
+
+    Args:
+        data: artifact of kind split.
+        variant: MIXTURE/METHOD, such as hep-th/lora-qkv.
+        base: base model with its digest (LOCATION@DIGEST), from preflight.
+        recipe: training and evaluation settings that differ from the defaults.
+        devices: number of GPUs of the pod to use.
+        store: folder or s3://BUCKET/PREFIX for checkpoints and the finished adapter.
+        adapter: artifact of kind adapter: adapter_model.safetensors, adapter_config.json, curve.json.
+        metrics: losses, tokens and seconds, for the Kubeflow UI.
+    """
     from feyntune.telemetry import one_sentence
     from feyntune.training.step import train_branch
 

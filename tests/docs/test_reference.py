@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from docs.components import readme, steps
 from docs.reference import pages
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -15,6 +17,24 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize("name", ["cli.md", "settings.md", "variants.md", "values.md", "metrics.md", "http.md"])
 def test_the_reference_is_fresh(name: str) -> None:
     assert (DOCS / "reference" / name).read_text() == pages()[name], "stale: run `make reference`"
+
+
+@pytest.mark.parametrize("step", steps())
+def test_a_components_readme_has_its_inputs_and_outputs(step: str) -> None:
+    text = (DOCS.parent / "components" / step / "README.md").read_text()
+    assert text == readme(step), "stale: run `make reference`"
+    assert "required |  |" not in text, "an input without a meaning"
+    assert "```python\n" in text, "no example"
+
+
+@pytest.mark.parametrize("step", steps())
+def test_a_components_metadata_has_the_fields_of_kubeflows_repository(step: str) -> None:
+    metadata = yaml.safe_load((DOCS.parent / "components" / step / "metadata.yaml").read_text())
+    assert metadata.keys() == {"name", "tier", "stability", "dependencies", "tags", "lastVerified", "ci"}
+    assert metadata["name"] == step
+    assert metadata["stability"] in ("alpha", "beta", "stable")
+    assert metadata["dependencies"]["kubeflow"][0] == {"name": "Pipelines", "version": ">=2.16"}
+    assert all(isinstance(tag, str) for tag in metadata["tags"])
 
 
 def test_every_setting_metric_and_option_says_what_it_means() -> None:
