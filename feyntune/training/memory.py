@@ -1,11 +1,12 @@
 """How much memory a training step takes, and how many layers must recompute their activations so that it fits.
 
 The figures count what autograd keeps of a Llama layer under LoRA, where frozen weights need no input kept. A test
-compares them with what autograd keeps on a CPU; they have not been checked against a GPU's peak.
+compares them with what autograd keeps on a CPU; they have not been checked against a GPU's peak
+(`python -m benchmarks.gpu` does).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ CPU_TOKENS = 1024  # a working set that fits a CPU's caches is faster than a lar
 MIN_TOKENS = 1024
 _RESERVED_BYTES = 2e9  # bytes: the driver's context, kernels' workspace
 _FRAGMENTATION = 0.08  # share of a device that the allocator cannot use
+_SHRINK = 0.9  # of what was thought to fit, after the device ran out of memory
 
 # Bytes of a weight: NF4 has 4 bits, a scale of 8 bits to 64 weights, and one of 32 bits to 256 scales
 # (arXiv 2305.14314 §3).
@@ -105,6 +107,16 @@ class MemoryPlan:
         if not self.capacity:
             return self.layers
         return next((layers for layers, most in enumerate(self.capacity) if tokens <= most), len(self.capacity) - 1)
+
+    def lower(self, tokens: int) -> "MemoryPlan":
+        """The plan after `tokens` tokens at once ran out of memory: more layers recompute, then fewer tokens."""
+        if not self.capacity:
+            return replace(self, micro_batch_tokens=tokens // 2)
+        fitted = min(tokens / self.capacity[self.layers_for(tokens)], 1.0)
+        capacity = tuple(_SHRINK * fitted * most for most in self.capacity)
+        budget = min(self.micro_batch_tokens, int(max(capacity)))
+        lowered = replace(self, micro_batch_tokens=budget, capacity=capacity)
+        return replace(lowered, layers=lowered.layers_for(min(budget, tokens)))
 
 
 def adapter_parameters(shape: Shape, method: str, rank: int) -> int:

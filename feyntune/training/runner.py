@@ -49,7 +49,7 @@ class MicroBatchRunner:
     """Computes micro-batches on one device.
 
     Attributes:
-        micro_batch_tokens: most tokens at once; halved when the GPU runs out of memory.
+        plan: tokens at once and layers that recompute; lowered when the GPU runs out of memory.
         vocab_chunk_size: vocabulary entries whose logits exist at once.
         autocast: bf16 products of the fp32 adapters.
     """
@@ -58,7 +58,6 @@ class MicroBatchRunner:
     device: torch.device
     masks: DropoutMasks
     plan: MemoryPlan
-    micro_batch_tokens: int
     vocab_chunk_size: int
     autocast: bool
     layers: list[Any] = field(default_factory=list)  # decoder layers, if any may recompute
@@ -79,31 +78,40 @@ class MicroBatchRunner:
     ) -> None:
         """Add the gradient of `documents` to the parameters' and their loss / `predicted` to `gradient[-2]`.
 
-        Out of memory halves `micro_batch_tokens` and starts this call again: no process waits for another in here.
+        Out of memory lowers the plan and starts this call again: no process waits for another in here.
 
         Args:
             gradient: the flat buffer of which the parameters' gradients are views, all zero; with two more values.
+
+        Raises:
+            UserError: one document does not fit, though every layer recomputes.
         """
         while True:
+            tokens, lone = 0, False
             try:
                 self.model.train()
-                for group in group_by_token_budget([len(d.tokens) for d in documents], self.micro_batch_tokens):
+                for group in group_by_token_budget([len(d.tokens) for d in documents], self.plan.micro_batch_tokens):
                     packed = pack([documents[i].tokens for i in group])
+                    tokens, lone = sum(packed.lengths), len(group) == 1
                     self.masks.set(packed.lengths, [seeds[i] for i in group])
                     loss = self.loss(packed) / predicted
                     loss.backward()
                     gradient[-2] += loss.detach()
                 return
             except torch.OutOfMemoryError as e:
-                if self.micro_batch_tokens // 2 < MIN_BUDGET or len(documents) < 2:
+                more_can_recompute = self.plan.layers_for(tokens) + 1 < len(self.plan.capacity)
+                if not more_can_recompute and (lone or tokens // 2 < MIN_BUDGET):
                     raise UserError(
-                        f"The GPU ran out of memory with {self.micro_batch_tokens} tokens at once: set precision to "
-                        "nf4, lower max_length, or raise activation_checkpointing_layers."
+                        f"The GPU ran out of memory with {tokens} tokens at once: set precision to nf4, lower "
+                        "max_length, or raise activation_checkpointing_layers."
                     ) from e
             gradient.zero_()
             torch.cuda.empty_cache()
-            self.micro_batch_tokens //= 2
-            log.warning("the GPU ran out of memory: now at most %d tokens at once", self.micro_batch_tokens)
+            self.plan = self.plan.lower(tokens)
+            log.warning(
+                "the GPU ran out of memory with %d tokens at once: now at most %d; layers that recompute: %d",
+                tokens, self.plan.micro_batch_tokens, self.plan.layers,
+            )  # fmt: skip
 
     def probe(self, documents: Sequence[Document], gradient: torch.Tensor) -> None:
         """Compute the largest micro-batch once, so that memory runs out now or never; leaves no gradient behind."""
@@ -170,7 +178,6 @@ def make_runner(
         device=device,
         masks=masks,
         plan=plan,
-        micro_batch_tokens=plan.micro_batch_tokens,
         vocab_chunk_size=config.vocab_chunk_size or (GPU_VOCAB_CHUNK if cuda else CPU_VOCAB_CHUNK),
         autocast=config.precision == "bf16" or (cuda and config.precision == "nf4"),
         layers=layers,

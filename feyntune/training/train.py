@@ -159,7 +159,7 @@ def _train(
             "%s: %d papers as %d documents, %d steps on %d %s (%s, %s attention, at most %d tokens at once, %d layers "
             "recompute in the largest micro-batch)",
             variant, len(papers), len(examples), total, group.world_size, group.device.type, config.precision,
-            attention, runner.micro_batch_tokens, runner.plan.layers,
+            attention, runner.plan.micro_batch_tokens, runner.plan.layers,
         )  # fmt: skip
 
     # The loop.
@@ -219,7 +219,7 @@ def _train(
         "devices": group.world_size,
         "hardware": hardware(group.device),
         "threads": torch.get_num_threads(),
-        "micro_batch_tokens": runner.micro_batch_tokens,
+        "micro_batch_tokens": runner.plan.micro_batch_tokens,
         "checkpointed_layers": runner.plan.layers,
         "settings": config.model_dump(mode="json"),
     }

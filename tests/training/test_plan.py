@@ -9,7 +9,18 @@ from feyntune.model.packed import group_by_token_budget
 from feyntune.training.batches import Document, divide, global_batch, largest_micro_batch
 from feyntune.training.config import TARGETS, TrainConfig
 from feyntune.training.estimate import flops_per_token, paper_variants, plan_variants, totals
-from feyntune.training.memory import LLAMA_8B, Shape, adapter_parameters, base_bytes, layer_bytes, plan, step_bytes
+from feyntune.training.memory import (
+    LLAMA_8B,
+    MemoryPlan,
+    Shape,
+    adapter_parameters,
+    base_bytes,
+    layer_bytes,
+    plan,
+    step_bytes,
+)
+from feyntune.training.runner import add_adapter, make_runner
+from feyntune.training.train import flat_gradient
 
 GB = 1e9
 
@@ -29,13 +40,13 @@ def test_adapter_sizes_are_those_peft_makes(tiny_base):
         assert adapter_parameters(Shape.of(model.config.to_dict()), method, 8) == count
 
 
-def kept_bytes_per_token(base, method, dropout, precision):
+def kept_bytes_per_token(base, method, dropout, precision, framework):
     """What autograd keeps of a packed batch per token, over all layers; in one storage, counted once."""
     from feyntune.model.packed import hidden_states, pack
-    from feyntune.training.runner import add_adapter
 
     config = TrainConfig(precision=precision, lora_dropout=dropout)
     model, masks = add_adapter(load_base(base, precision, "cpu"), method, config, "tiny")
+    masks.framework = framework
     fuse_norms_without_copies(model)
     frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
@@ -76,10 +87,10 @@ def fuse_norms_without_copies(model):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("dropout", [0, 0.05])
+@pytest.mark.parametrize(("dropout", "framework"), [(0, False), (0.05, False), (0.05, True)])
 @pytest.mark.parametrize("method", ["lora-all", "lora-qkv"])
-def test_what_autograd_keeps_is_what_the_planner_says(tiny_base, method, dropout, precision):
-    measured, shape = kept_bytes_per_token(tiny_base, method, dropout, precision)
+def test_what_autograd_keeps_is_what_the_planner_says(tiny_base, method, dropout, framework, precision):
+    measured, shape = kept_bytes_per_token(tiny_base, method, dropout, precision, framework)
     value = 4 if precision == "fp32" else 2
     # What a CPU's attention keeps beyond a GPU's: keys and values repeated for their heads, documents concatenated.
     extra = 2 * (shape.hidden - shape.kv) + (shape.hidden if method == "lora-all" else 0)
@@ -106,6 +117,70 @@ def test_a_micro_batch_recomputes_only_what_its_own_tokens_need():
     assert layers[-1] == made.layers > 0
     fixed = plan(LLAMA_8B, "lora-all", TrainConfig(activation_checkpointing_layers=3), 150 * GB)
     assert fixed.layers_for(10) == fixed.layers_for(8000) == 3
+
+
+class Card:
+    """A runner on a card with room for `room` tokens of a layer that recomputes nothing, less than the plan thinks."""
+
+    def __init__(self, base, room):
+        torch.manual_seed(0)
+        config = TrainConfig(precision="fp32", lora_dropout=0)
+        model, masks = add_adapter(load_base(base, "fp32", "cpu"), "lora-all", config, "tiny")
+        self.gradient = flat_gradient([p for p in model.parameters() if p.requires_grad])
+        self.runner = make_runner(model, masks, "lora-all", config, torch.device("cpu"))
+        self.runner.plan = MemoryPlan(4096, 0, 1.0, (4096.0, 8192.0, 16384.0))
+        self.tried = []
+        real = self.runner.loss
+
+        def loss(packed):
+            tokens = sum(packed.lengths)
+            layers = self.runner.plan.layers_for(tokens)
+            self.tried.append((tokens, layers))
+            if tokens > room * 2**layers:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(packed)
+
+        self.runner.loss = loss
+
+    def backward(self, documents):
+        self.runner.backward(documents, [0] * len(documents), 100, self.gradient)
+        return self.gradient.clone()
+
+
+def test_out_of_memory_lowers_the_plan_and_the_gradient_is_the_same(tiny_base):
+    documents = [Document(str(i), [5 + i] * 200) for i in range(4)]
+    expected = Card(tiny_base, 4096).backward(documents)
+    recomputing = Card(tiny_base, 500)
+    torch.testing.assert_close(recomputing.backward(documents), expected)
+    assert recomputing.tried[0] == (800, 0)
+    assert recomputing.tried[-1] == (800, 1)  # whole, with one layer recomputing
+    assert recomputing.runner.plan.layers == 1
+    split = Card(tiny_base, 110)  # not even with all layers recomputing
+    torch.testing.assert_close(split.backward(documents), expected)
+    assert max(tokens for tokens, _ in split.tried[-2:]) == 400
+    assert split.runner.plan.layers == 2
+
+
+def test_the_probe_lowers_the_plan_before_the_first_step_and_leaves_no_gradient(tiny_base):
+    card = Card(tiny_base, 500)
+    card.runner.probe([Document(str(i), [5] * 200) for i in range(4)], card.gradient)
+    assert card.runner.plan.layers == 1
+    assert not card.gradient.any()
+    card.tried.clear()
+    card.backward([Document("0", [5] * 700)])
+    assert card.tried == [(700, 1)]
+
+
+def test_one_document_that_does_not_fit_is_an_error(tiny_base):
+    with pytest.raises(UserError, match="out of memory with 600 tokens at once"):
+        Card(tiny_base, 20).backward([Document("0", [5] * 600), Document("1", [5] * 600)])
+
+
+def test_a_fixed_number_of_layers_stays_and_the_tokens_are_halved(tiny_base):
+    card = Card(tiny_base, 500)
+    card.runner.plan = MemoryPlan(4096, 0)
+    card.backward([Document(str(i), [5] * 200) for i in range(4)])
+    assert (card.runner.plan.micro_batch_tokens, card.runner.plan.layers) == (400, 0)
 
 
 @given(st.lists(st.integers(2, 500), min_size=1, max_size=40), st.integers(1, 3), st.integers(100, 2000))
