@@ -167,8 +167,8 @@ def test_the_probe_lowers_the_plan_before_the_first_step_and_leaves_no_gradient(
     assert card.runner.plan.layers == 1
     assert not card.gradient.any()
     card.tried.clear()
-    card.backward([Document("0", [5] * 700)])
-    assert card.tried == [(700, 1)]
+    card.backward([Document("0", [5] * 780)])
+    assert card.tried == [(780, 1)]
 
 
 def test_one_document_that_does_not_fit_is_an_error(tiny_base):
