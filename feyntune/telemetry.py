@@ -93,9 +93,9 @@ class _JsonLines(logging.Formatter):
 class ProgressLogger:
     """Counts what a loop has done; a bar on a terminal, a log line every ten seconds elsewhere."""
 
-    def __init__(self, what: str, total: float | None, unit: str, bar: Progress | None):
+    def __init__(self, what: str, total: float | None, unit: str, bar: Progress | None, done: float = 0):
         self.what, self.total, self.unit, self.bar = what, total, unit, bar
-        self.done = 0.0
+        self.done = self.before = done
         self.started = self.last_shown = time.monotonic()
         self.task = bar.add_task(what, total=total, notes="") if bar else None
 
@@ -103,8 +103,8 @@ class ProgressLogger:
         """Say that `by` more units are done; `notes` (loss=2.31) are shown beside the rate."""
         self.done += by
         seconds = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / seconds
-        notes_shown = [f"{rate:,.1f} {self.unit}/s"]
+        rate = (self.done - self.before) / seconds
+        notes_shown = [format_rate(rate, self.unit)]
         notes_shown += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items()]
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, notes="  ".join(notes_shown))
@@ -117,13 +117,21 @@ class ProgressLogger:
             log.info("%s: %s%s %s, %s", self.what, f"{self.done:,.0f}", left, self.unit, ", ".join(notes_shown))
 
 
+def format_rate(rate: float, unit: str) -> str:
+    """`rate` units a second; seconds a unit where one takes longer than a second."""
+    return f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):,.1f} s/{unit.removesuffix('s')}"
+
+
 @contextmanager
-def progress(what: str, total: float | None = None, unit: str = "records") -> Iterator[ProgressLogger]:
-    """Show the progress of a loop: `with progress("train", steps, "steps") as p: p.advance(loss=1.2)`."""
+def progress(what: str, total: float | None = None, unit: str = "records", done: float = 0) -> Iterator[ProgressLogger]:
+    """Show the progress of a loop: `with progress("train", steps, "steps") as p: p.advance(loss=1.2)`.
+
+    `done` units were done before, by a run that this one resumes: they count, but not in the rate.
+    """
     if not console.is_terminal or log.level > logging.INFO:
-        yield ProgressLogger(what, total, unit, None)
+        yield ProgressLogger(what, total, unit, None, done)
         return
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[notes]}"), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
-        yield ProgressLogger(what, total, unit, bar)
+        yield ProgressLogger(what, total, unit, bar, done)

@@ -213,6 +213,7 @@ UNIT = {
     "test_extras.py",
     "test_names.py",
     "test_packaging.py",
+    "test_telemetry.py",
     "test_variants.py",
 }
 

@@ -114,9 +114,8 @@ def plan(
     devices: Annotated[int, typer.Option(help="Devices of one training.")] = 3,
     tokens_per_second: Annotated[
         float | None,
-        typer.Option(help="Measured useful tokens per second of one device; by default from --utilization."),
+        typer.Option(help="Measured useful tokens per second of one device; by default a roofline's."),
     ] = None,
-    utilization: Annotated[float, typer.Option(help="Assumed fraction of the device's peak.")] = 0.35,
     price: Annotated[float | None, typer.Option(help="Price of one device for one hour, in your currency.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -141,11 +140,12 @@ def plan(
         hardware,
         devices,
         tokens_per_second=tokens_per_second,
-        utilization=utilization,
         price=price,
     )
     whole = totals(rows)
-    layouts = plan_layouts({name: papers[name] for name in names}, hardware, devices)
+    layouts = plan_layouts(
+        {name: papers[name] for name in names}, hardware, devices, tokens_per_second=tokens_per_second
+    )
     if as_json:
         print(
             json.dumps(
@@ -153,7 +153,7 @@ def plan(
             )
         )
         return
-    rate = f"{tokens_per_second:,.0f} tokens/s measured" if tokens_per_second else f"{utilization:.0%} of peak, assumed"
+    rate = f"{tokens_per_second:,.0f} tokens/s measured" if tokens_per_second else "calculated by a roofline"
     print(f"{devices} x {hardware}, {rate}; in brackets the published recipe on the same hardware\n")
     table = []
     for name, r in [*((r.variant, asdict(r)) for r in rows), ("all", whole)]:
@@ -163,6 +163,6 @@ def plan(
     print_table(table, ["variant", "tokens", "steps", "GiB", "GPU-hours", "hours"], right=(1, 2, 3, 4, 5))
     print()
     for x in layouts:
-        print(f"{x.name}: {x.hours:,.1f} h on {devices} GPUs, {x.tokens_per_second:,.0f} tokens/s a GPU by a roofline")
+        print(f"{x.name}: {x.hours:,.1f} h on {devices} GPUs, {x.tokens_per_second:,.0f} tokens/s a GPU")
     if price is not None:
         print(f"\ncost: {whole['money']:,.2f} (published recipe: {whole['published_money']:,.2f})")

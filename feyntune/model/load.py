@@ -6,6 +6,8 @@ tokens stand at the same places in all three.
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -22,10 +24,11 @@ from transformers.utils import logging as transformers_logging
 from feyntune.errors import UserError
 from feyntune.model.base import fetch_base
 from feyntune.model.packed import ATTENTION
+from feyntune.telemetry import progress
 
 Precision = Literal["fp32", "bf16", "nf4"]
 
-# A progress bar for a load of a second, and a word to peft's authors, would stand between our own lines.
+# The libraries' own bars and a word to peft's authors would stand between our lines.
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
@@ -103,15 +106,16 @@ def load_base(
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            attn_implementation=attention,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with _loading_shown(precision):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                attn_implementation=attention,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
+            )
     except (OSError, ValueError) as e:
         raise UserError(f"Base model {base} cannot be loaded as a causal model: {str(e).splitlines()[0]}") from e
     if device.type == "cpu":
@@ -120,6 +124,27 @@ def load_base(
         parameter.requires_grad_(False)
     model.eval()
     return model
+
+
+@contextmanager
+def _loading_shown(precision: str) -> Iterator[None]:
+    """Our progress in place of the library's bar: an 8B model takes minutes to load, to quantize on a CPU 20."""
+
+    def show(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return _counted(args[0], precision) if options.get("desc") == "Loading weights" else bar(*args, **options)
+
+    before = transformers_logging.set_tqdm_hook(show)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+def _counted(tensors: Any, precision: str) -> Iterator[Any]:
+    with progress(f"loading the base model in {precision}", len(tensors), "tensors") as bar:
+        for tensor in tensors:
+            yield tensor
+            bar.advance()
 
 
 def check_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> None:

@@ -1,7 +1,6 @@
 """What a set of variants will take: tokens, steps, memory, GPU-hours and money, before any of it is spent.
 
-Throughput is measured (give `tokens_per_second`) or stated: a share of the device's peak, which is an assumption
-until a GPU has been measured. Beside it stands the published recipe on the same hardware, from the stats of its
+Throughput is measured (give `tokens_per_second`) or that of a roofline (roofline.py). Beside it stands the published recipe on the same hardware, from the stats of its
 code: one process walks over the GPUs layer by layer, half of a padded batch is padding, every layer is
 recomputed, and the whole training set is evaluated ten times (arXiv 2508.03716's repository, configs/).
 """
@@ -13,11 +12,11 @@ from typing import Any
 from feyntune.errors import UserError
 from feyntune.training.config import TrainConfig
 from feyntune.training.memory import LLAMA_8B, Shape, plan
+from feyntune.training.roofline import device_rate, tokens_per_paper
 from feyntune.variants import load_variants
 
 PADDING_OVERHEAD = 2.06  # tokens computed for one that counts, in random batches of 16 real hep-th abstracts
 PUBLISHED_EVAL_SHARE = 0.43  # share of the published run's compute
-TOKENS_PER_PAPER = 185.0  # hep-th abstracts with BOS and EOS under a 4,096-token BPE; Llama 3's was not tried
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,7 @@ def plan_variants(
     hardware: str = "a100-40gb",
     devices: int = 3,
     config: TrainConfig | None = None,
-    tokens_per_paper: float = TOKENS_PER_PAPER,
     tokens_per_second: float | None = None,
-    utilization: float = 0.35,
     price: float | None = None,
     shape: Shape = LLAMA_8B,
 ) -> list[Row]:
@@ -70,8 +67,8 @@ def plan_variants(
 
     Args:
         papers: training papers of each `MIXTURE/METHOD`.
-        tokens_per_second: useful tokens a second of one device, as measured; else it follows from `utilization`,
-            the share of the peak FLOP/s that 4N FLOPs a token make (6N for what is recomputed).
+        devices: of one training.
+        tokens_per_second: useful tokens a second of one device, as measured; by the roofline without it.
         price: of one device for one hour.
 
     Raises:
@@ -82,17 +79,18 @@ def plan_variants(
     device, config = HARDWARE[hardware], config or TrainConfig()
     rows = []
     for variant, count in papers.items():
-        method = variant.rpartition("/")[2]
+        mixture, _, method = variant.rpartition("/")
+        per_paper = tokens_per_paper(mixture)
         # A long batch (99th percentile) has 1.33 times the mean tokens.
-        largest = round(1.33 * tokens_per_paper * config.global_batch_size / devices)
+        largest = round(1.33 * per_paper * config.global_batch_size / devices)
         fit = plan(shape, method, config, device.memory, largest)
         per_epoch = -(-count // config.global_batch_size)
         steps = config.max_steps or config.epochs * per_epoch
-        tokens = steps / per_epoch * count * tokens_per_paper
-        rate = tokens_per_second or device.flops * utilization / flops_per_token(shape, fit.layers)
+        tokens = steps / per_epoch * count * per_paper
+        rate = tokens_per_second or device_rate(hardware, shape, mixture, method, devices, config)
         hours = tokens / rate / 3600
-        # The same device at the same share of its peak, so that the recipes are compared and nothing else.
-        plain = tokens_per_second or device.flops * utilization / flops_per_token(shape, 0)
+        # The same device at the same speed, so that the recipes are compared and nothing else.
+        plain = tokens_per_second or device_rate(hardware, shape, mixture, method, 1, config)
         recomputing = flops_per_token(shape, shape.layers) / flops_per_token(shape, 0)
         published = tokens * PADDING_OVERHEAD * recomputing / plain / (1 - PUBLISHED_EVAL_SHARE) / 3600
         money = lambda spent: None if price is None else round(spent * price, 2)

@@ -79,13 +79,27 @@ def step_seconds(
     return gemm + elementwise + dequantize + reduce + optimizer
 
 
+def device_rate(hardware: str, shape: Shape, mixture: str, method: str, devices: int, config: TrainConfig) -> float:
+    """Useful tokens a second of one of `devices` devices that train a variant together."""
+    batch = config.global_batch_size * tokens_per_paper(mixture)
+    quantized = config.precision == "nf4"
+    seconds = step_seconds(CARDS[hardware], shape, method, int(batch / devices), devices, quantized, config.lora_rank)
+    return batch / devices / (seconds * (1.0 if devices == 1 else SLOWEST_OF_THREE))
+
+
 def plan_layouts(
-    papers: Mapping[str, int], hardware: str, pool: int, config: TrainConfig | None = None, shape: Shape = LLAMA_8B
+    papers: Mapping[str, int],
+    hardware: str,
+    pool: int,
+    config: TrainConfig | None = None,
+    tokens_per_second: float | None = None,
+    shape: Shape = LLAMA_8B,
 ) -> list[Layout]:
-    """Both layouts of a suite on `pool` GPUs, the shorter first.
+    """Both layouts of a suite on `pool` GPUs, the shorter first; one layout where the pool has one GPU.
 
     Args:
         papers: training papers of each `MIXTURE/METHOD`.
+        tokens_per_second: useful tokens a second of one device, as measured; by the roofline without it.
 
     Raises:
         UserError: unknown hardware.
@@ -94,17 +108,16 @@ def plan_layouts(
         raise UserError(f"Hardware {hardware!r} is not known: choose one of {', '.join(CARDS)}.")
     config = config or TrainConfig()
     layouts = []
-    for name, devices in (("one GPU a variant", 1), (f"all {pool} GPUs a variant", pool)):
+    both = {"one GPU a variant": 1} | ({f"all {pool} GPUs a variant": pool} if pool > 1 else {})
+    for name, devices in both.items():
         hours, total = [], 0.0
         for variant, count in papers.items():
             mixture, _, method = variant.rpartition("/")
-            batch = config.global_batch_size * tokens_per_paper(mixture)
-            steps = config.max_steps or config.epochs * count / config.global_batch_size
-            seconds = step_seconds(
-                CARDS[hardware], shape, method, int(batch / devices), devices, config.precision == "nf4"
-            )
-            hours.append(steps * seconds * (1.0 if devices == 1 else SLOWEST_OF_THREE) / 3600)
-            total += steps * batch
+            rate = tokens_per_second or device_rate(hardware, shape, mixture, method, devices, config)
+            epochs = config.max_steps / -(-count // config.global_batch_size) if config.max_steps else config.epochs
+            tokens = epochs * count * tokens_per_paper(mixture)
+            hours.append(tokens / rate / devices / 3600)
+            total += tokens
         length = makespan(hours, pool // devices)
         layouts.append(Layout(name, length, sum(hours) * devices, total / (sum(hours) * devices * 3600)))
     return sorted(layouts, key=lambda layout: layout.hours)

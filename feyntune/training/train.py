@@ -163,8 +163,7 @@ def _train(
         )  # fmt: skip
 
     # The loop.
-    with progress(variant, total, "steps") as progress_logger:
-        progress_logger.done = state.step
+    with progress(variant, total, "steps", done=state.step) as progress_logger:
         while True:
             if (state.step % per_epoch == 0 or state.step == total) and not state.is_validated():
                 started = time.monotonic()

@@ -19,6 +19,7 @@ from feyntune.training.memory import (
     plan,
     step_bytes,
 )
+from feyntune.training.roofline import plan_layouts
 from feyntune.training.runner import add_adapter, make_runner
 from feyntune.training.train import flat_gradient
 
@@ -222,16 +223,29 @@ def test_the_twenty_variants_on_three_a100():
     rows = plan_variants(paper_variants(), "a100-40gb", devices=3, price=2.0)
     total = totals(rows)
     assert total["variants"] == 20
-    assert total["tokens"] == pytest.approx(1.8e9, rel=0.02)
+    assert total["tokens"] == pytest.approx(1.96e9, rel=0.01)
     assert {r.variant: r.steps for r in rows}["hep-th/lora-all"] == 18_444  # as published
     assert total["money"] == pytest.approx(2 * total["gpu_hours"], abs=1)
     assert total["gpu_hours"] == pytest.approx(3 * total["hours"])
     assert total["published_gpu_hours"] > 5 * total["gpu_hours"]
 
 
+@pytest.mark.parametrize("rate", [None, 4000.0])
+def test_the_table_and_the_layouts_count_the_same_tokens_and_hours(rate):
+    total = totals(plan_variants(paper_variants(), "a100-40gb", devices=3, tokens_per_second=rate))
+    layouts = {x.name: x for x in plan_layouts(paper_variants(), "a100-40gb", 3, tokens_per_second=rate)}
+    together, alone = layouts["all 3 GPUs a variant"], layouts["one GPU a variant"]
+    assert total["hours"] == pytest.approx(together.hours, rel=1e-3)
+    assert total["gpu_hours"] == pytest.approx(together.gpu_hours, rel=1e-3)
+    for layout in (together, alone):
+        assert layout.gpu_hours * 3600 * layout.tokens_per_second == pytest.approx(total["tokens"], rel=1e-3)
+    single = totals(plan_variants(paper_variants(), "a100-40gb", devices=1, tokens_per_second=rate))
+    assert single["gpu_hours"] == pytest.approx(alone.gpu_hours, rel=1e-3)
+
+
 def test_a_measured_throughput_counts():
-    (row,) = plan_variants({"hep-th/lora-qkv": 1000}, "h200", 1, tokens_per_paper=100, tokens_per_second=1000)
-    assert row.tokens == 63 * 4 / 63 * 1000 * 100
-    assert row.gpu_hours == pytest.approx(400 / 3600)
+    (row,) = plan_variants({"hep-th/lora-qkv": 1000}, "h200", 1, tokens_per_second=1000)
+    assert row.tokens == 4 * 1000 * 185
+    assert row.gpu_hours == pytest.approx(740 / 3600)
     with pytest.raises(UserError, match="a100-40gb"):
         plan_variants({}, "abacus")

@@ -14,6 +14,12 @@ def test_the_suite_of_twenty_takes_34_hours_on_three_a100_with_one_gpu_a_variant
     assert plan_layouts(paper_variants(), "h100", 3)[0].hours == pytest.approx(15, rel=0.1)
 
 
+def test_one_gpu_has_one_layout():
+    (only,) = plan_layouts(paper_variants(), "a100-40gb", 1)
+    assert only.name == "one GPU a variant"
+    assert only.hours == pytest.approx(only.gpu_hours)
+
+
 def test_a_larger_pool_is_faster_until_the_longest_variant_decides():
     hours = [plan_layouts(paper_variants(), "h200", n)[0].hours for n in (1, 2, 4)]
     assert hours == sorted(hours, reverse=True)
