@@ -1,8 +1,9 @@
 """What a set of variants will take: tokens, steps, memory, GPU-hours and money, before any of it is spent.
 
-Throughput is measured (give `tokens_per_second`) or that of a roofline (roofline.py). Beside it stands the published recipe on the same hardware, from the stats of its
-code: one process walks over the GPUs layer by layer, half of a padded batch is padding, every layer is
-recomputed, and the whole training set is evaluated ten times (arXiv 2508.03716's repository, configs/).
+Throughput is measured (give `tokens_per_second`) or that of a roofline (roofline.py). Beside it stands the published
+recipe on the same hardware, from the stats of its code: one process walks over the GPUs layer by layer, half of a
+padded batch is padding, every layer is recomputed, and the whole training set is evaluated ten times (arXiv
+2508.03716's repository, configs/).
 """
 
 from collections.abc import Mapping
