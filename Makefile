@@ -60,9 +60,9 @@ compile: env
 	$(BIN)/python -m pipelines.compile
 
 reference: env
+	$(BIN)/python charts/readme.py
 	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/components.py
-	$(BIN)/python charts/readme.py
 
 docs: env
 	$(BIN)/mkdocs build --strict

@@ -1,6 +1,6 @@
 """Writes feyntune/README.md from the comments of feyntune/values.yaml: `python charts/readme.py` (a test compares).
 
-A comment that begins with `# --` belongs to the key on the next line that is no comment.
+A comment that begins with `# --` describes the key on the next line that is not a comment.
 """
 
 import re
@@ -14,7 +14,7 @@ HEAD = """# The feyntune chart
 
 <!-- Made by charts/readme.py from values.yaml; edit there. -->
 
-One release in a namespace of its own (or in a Kubeflow profile's): object store, bucket, Secrets, the pipelines in
+Install one release in its own namespace (or in a Kubeflow profile's): object store, bucket, Secrets, the pipelines in
 Kubeflow, the endpoint, network policies, monitoring. Kubernetes 1.20 or later, Helm 3.6 or later (Helm 4 too).
 
 ```sh
@@ -23,45 +23,45 @@ helm install feyntune charts/feyntune -n feyntune --create-namespace --timeout 3
 helm test feyntune -n feyntune --timeout 10m
 ```
 
-`helm test` proves more than a wait does: that the endpoint's Deployment runs the image and arguments of this release,
-that no old pod is left, and that it answers. With `--wait`, Helm 3 waits for the chart's own workloads and not for
-KServe's InferenceService, so run `helm test` after every upgrade; Helm 4 waits for that too. `feyntune deploy` does not
-use Helm: it applies a rendering of this chart's InferenceService, `feyntune/deployment/predictor.yaml`, with the fields
-of its description filled in. The chart is the one renderer, since Helm can use no other.
+`helm test` checks more than `--wait`: the endpoint's Deployment runs the image and arguments of this release, no old
+pod is left, and the endpoint answers. With `--wait`, Helm 3 waits for the chart's own workloads and not for KServe's
+InferenceService, so run `helm test` after every upgrade; Helm 4 waits for both. `feyntune deploy` does not use Helm: it
+applies a rendering of this chart's InferenceService, `feyntune/deployment/predictor.yaml`, with the fields of its
+description filled in. So the InferenceService has one template.
 
-What must be there is detected and named: Kubeflow Pipelines (`kubeflow.enabled=false` goes without), KServe
-(`serving.kind=Deployment` goes without), Kueue when asked for. Without the Prometheus operator the monitoring objects
-are left out, and the notes after the installation say so.
+The chart detects missing requirements and names them: Kubeflow Pipelines (not needed with `kubeflow.enabled=false`),
+KServe (not needed with `serving.kind=Deployment`), Kueue if enabled. Without the Prometheus operator the monitoring
+objects are left out, and the installation notes say so.
 
-| who | what they need |
+| environment | values |
 |---|---|
 | a cluster without GPUs | `kubeflow.flavor=cpu`, `serving.gpus=0`, `serving.precision=fp32` |
-| an S3 server of yours | `objectStore.kind=external`, `.endpoint`, Secret `feyntune-s3`, `.credentials.existing=true` |
+| your own S3 server | `objectStore.kind=external`, `.endpoint`, Secret `feyntune-s3`, `.credentials.existing=true` |
 | a Kubeflow profile | `kubeflow.mode=profile`, `podSecurity.labelNamespace=false` |
 | OpenShift | nothing: `podSecurity.fixedIds=auto` leaves the user ids out; `podSecurity.labelNamespace=false` |
 | pods with IPv6 addresses only | `listen=::` |
 | proxies, a private CA | `extraEnv`, `caBundle.pem` or `caBundle.configMap` |
 | GPU nodes with CDI | `serving.writableRoot=true` |
-| ArgoCD, Flux | `objectStore.credentials.existing=true` (keys are drawn by an install only), `assumeAPIs` |
-| two releases beside one Kubeflow | two release names: Secrets and pipelines carry them |
-| no network outside | `images.prefix`, and the images of `manifests/airgap/images.txt` in your registry |
+| ArgoCD, Flux | `objectStore.credentials.existing=true` (keys are generated at installation only), `assumeAPIs` |
+| two releases beside one Kubeflow | two release names: Secrets and pipelines include them |
+| no internet access | `images.prefix`, and the images of `manifests/airgap/images.txt` in your registry |
 
 ## Rights
 
 | account | may | because |
 |---|---|---|
 | `…-namespace` | patch this one namespace | the Job that labels it for Pod Security |
-| `…-test` | get the endpoint's Deployment | `helm test` proves that the new pods run |
+| `…-test` | get the endpoint's Deployment | `helm test` checks that the new pods run |
 | `…-upload` (profile mode) | get, list, create `pipelines` | the Job that puts the pipelines into Kubeflow |
-| `…-serving`, `…-store`, `…-jobs` | nothing; no token is mounted | they speak to no Kubernetes API |
+| `…-serving`, `…-store`, `…-jobs` | nothing; no token is mounted | they do not call the Kubernetes API |
 
-## What stays
+## What is kept
 
-Upgrade and rollback leave the volume, the bucket and the drawn keys alone. `helm uninstall` leaves the bundled store's
+Upgrade and rollback keep the volume, the bucket and the generated keys. `helm uninstall` keeps the bundled store's
 volume and its Secrets, `RELEASE-s3` (in the runs' namespace too) and `RELEASE-s3-read`
-(`objectStore.persistence.keep=false` gives the volume up); a new release of the same name takes them over again. It
-also leaves the uploaded pipelines in Kubeflow, the Pod Security labels of the namespace, and the Job or test pod of a
-hook that failed: a Job for a day, a test pod until the next `helm test`. Hooks that succeeded are gone by then.
+(`objectStore.persistence.keep=false` deletes the volume); a new release of the same name reuses them. It also leaves
+the uploaded pipelines in Kubeflow, the Pod Security labels of the namespace, and the Job or test pod of a
+hook that failed: a Job for a day, a test pod until the next `helm test`. Hooks that succeeded are deleted.
 
 ## Values
 

@@ -536,9 +536,9 @@ def test_a_missing_prerequisite_is_said_in_one_sentence(missing, values, says):
     ("values", "apis", "says"),
     [
         ({}, APIS, ["helm test feyntune -n feyntune", "feyntune submit --pipeline variant", "svc/feyntune-predictor"]),
-        ({}, APIS[:2], ["Monitoring is off: the Prometheus operator is not on this cluster"]),
+        ({}, APIS[:2], ["Monitoring is disabled: this cluster has no Prometheus operator"]),
         ({"kubeflow": {"enabled": False}, "serving": {"kind": "none"}}, APIS,
-         ["Pipelines are off", "feyntune run", "feyntune registry ls --registry s3://feyntune/registry"]),
+         ["Pipelines are disabled", "feyntune run", "feyntune registry ls --registry s3://feyntune/registry"]),
     ],
 )  # fmt: skip
 def test_the_notes_tell_the_next_commands_and_what_is_off(values, apis, says):
