@@ -26,7 +26,8 @@ from rich.progress import (
 log = logging.getLogger("feyntune")
 console = Console(stderr=True, soft_wrap=True)  # results go to standard output, everything else here
 ERROR = "error: "  # what the last line of a failed step begins with
-RELAYED = "\x1efeyntune "  # marks a step's own lines for the local run, which shows them
+RELAYED = "\x1efeyntune "  # marks a step's own lines for the local run: a level and a message
+PROGRESS = "PROGRESS"  # in place of the level: a JSON object for the step's bar
 
 
 def setup(quiet: bool = False) -> None:
@@ -37,7 +38,7 @@ def setup(quiet: bool = False) -> None:
     handler: logging.Handler
     if "FEYNTUNE_RUN_PID" in os.environ:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter(f"{RELAYED}%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{RELAYED}%(levelname)s %(message)s"))
         threading.Thread(target=_end_with, args=(int(os.environ["FEYNTUNE_RUN_PID"]),), daemon=True).start()
     elif os.environ.get("FEYNTUNE_LOG") == "json":
         handler = logging.StreamHandler(sys.stderr)
@@ -91,12 +92,16 @@ class _JsonLines(logging.Formatter):
 
 
 class ProgressLogger:
-    """Counts what a loop has done; a bar on a terminal, a log line every ten seconds elsewhere."""
+    """Counts what a loop has done: a bar on a terminal, a log line every five seconds elsewhere.
+
+    In a step of the local run, a line for its bar as well, twice a second.
+    """
 
     def __init__(self, what: str, total: float | None, unit: str, bar: Progress | None, done: float = 0):
         self.what, self.total, self.unit, self.bar = what, total, unit, bar
         self.done = self.before = done
         self.started = self.last_shown = time.monotonic()
+        self.last_relayed = 0.0
         self.task = bar.add_task(what, total=total, notes="") if bar else None
 
     def advance(self, by: float = 1, **notes: float | str) -> None:
@@ -108,7 +113,14 @@ class ProgressLogger:
         notes_shown += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in notes.items()]
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, notes="  ".join(notes_shown))
-        elif time.monotonic() - self.last_shown >= 10:
+            return
+        if "FEYNTUNE_RUN_PID" in os.environ and (
+            time.monotonic() - self.last_relayed >= 0.5 or self.done == self.total
+        ):
+            self.last_relayed = time.monotonic()
+            line = {"what": self.what, "done": self.done, "total": self.total, "unit": self.unit, "notes": notes_shown}
+            print(f"{RELAYED}{PROGRESS} {json.dumps(line)}", flush=True)
+        if time.monotonic() - self.last_shown >= 5:
             self.last_shown = time.monotonic()
             left = ""
             if self.total:

@@ -19,7 +19,7 @@ from feyntune.cli.options import (
     setup_logging,
     shown_path,
 )
-from feyntune.cli.steps import gate_text, result_rows
+from feyntune.cli.steps import gate_text, gate_word, result_rows
 from feyntune.errors import EXIT_FAILED_BRANCH, Interrupted
 
 app = typer.Typer()
@@ -74,19 +74,26 @@ def result_text(folder: Path, workdir: Path) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         print("Perplexity on the test abstracts (mean over abstracts; lower is better)\n")
-        print_table(result_rows(summary), ["system", "perplexity", "minus base [95 % CI]"], right=(1,))
+        ranked = sorted(summary["variants"].items(), key=lambda item: item[1]["delta"]["mean"])
+        words = ["", *(gate_word(v) for _, v in ranked)]
+        rows = [[*row, word] for row, word in zip(result_rows(summary), words, strict=True)]
+        print_table(rows, ["system", "perplexity", "minus base [95 % CI]", "gate"], right=(1,))
         print()
-        for name, v in sorted(summary["variants"].items(), key=lambda item: item[1]["delta"]["mean"]):
-            print(f"{name}: {gate_text(v)}")
+        for name, v in ranked:
+            if gate_text(v) != gate_word(v):
+                print(f"{name}: {gate_text(v)}")
         for failure in summary["failures"]:
             print(f"{failure['variant']}: failed in {failure['step']}")
-        print(f"champion: {summary['champion'] or 'none, no variant passed the gate'}\n")
-        print(f"report   {shown_path(folder / 'report.html')}")
+        champion = summary["champion"]
+        earlier = "" if champion is None or champion in summary["variants"] else " (of an earlier run)"
+        print(f"champion: {champion or 'none, no variant passed the gate'}{earlier}\n")
+        print(f"report   {shown_path(folder / 'report.html')} (open it in a browser)")
         print(f"summary  {shown_path(folder / 'summary.json')}")
-        if summary["champion"]:
+        if champion:
             base = summary["arguments"]["base"].rpartition("@")[0] or summary["arguments"]["base"]
             registry = shown_path(workdir / "registry")
             print(f"serve    feyntune serve --registry {registry} --base {shown_path(Path(base))}")
+            print("         then open http://127.0.0.1:8080 in a browser")
     return text.getvalue().rstrip()
 
 

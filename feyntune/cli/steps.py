@@ -233,11 +233,15 @@ def register(
     print_result(result, as_json, "\n".join([*lines, f"champion: {done.champion or 'none'}"]))
 
 
+def gate_word(variant: dict[str, Any]) -> str:
+    """What the gate decided on a variant, in one word."""
+    if variant.get("champion") is True:
+        return "champion"
+    return {None: "not registered", True: "passed", False: "refused"}[variant["promoted"]]
+
+
 def gate_text(variant: dict[str, Any]) -> str:
     """What the gate decided on a variant, with the reasons of a refusal."""
     reasons = variant.get("gate", variant.get("reasons")) or []
-    promoted = variant["promoted"]
-    if variant.get("champion") is True:
-        return "champion"
-    word = {None: "not registered", True: "passed", False: "refused"}[promoted]
-    return f"{word}: {'; '.join(reasons)}" if reasons else word
+    word = gate_word(variant)
+    return f"{word}: {'; '.join(reasons)}" if reasons and word != "champion" else word

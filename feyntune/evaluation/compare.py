@@ -96,7 +96,7 @@ def compare(
         "how": {**HOW, **{k: base.manifest.stats.get(k) for k in ("precision", "attention", "hardware")}},
     }
     summary["how"] |= {"resamples": config.resamples, "seed": config.seed}
-    summary["base"]["digest"] = inputs["base"]
+    summary["base"] |= {"digest": inputs["base"], "name": _base_name(adapters, variants)}
     for name, manifest in sealed.items():
         variant = summary["variants"][name]
         variant |= {"promoted": None, "adapter_sha256": manifest.files["adapter_model.safetensors"].sha256}
@@ -209,6 +209,15 @@ def _adapter_of(system: _System, adapters: Mapping[str, str | Path]) -> Manifest
             f"({system.manifest.inputs[system.name][:16]}): give that one."
         )
     return manifest
+
+
+def _base_name(adapters: Mapping[str, str | Path], variants: Sequence[str]) -> str:
+    """The base model as the adapters name it: a hub id, or the name of its folder; "" where there is no adapter."""
+    for name in variants:
+        config = json.loads((Path(adapters[name]) / "adapter_config.json").read_text(encoding="utf-8"))
+        location = str(config.get("base_model_name_or_path") or "").partition("@")[0]
+        return Path(location).name if location.startswith("/") else location
+    return ""
 
 
 def _failure(folder: str | Path) -> dict[str, str]:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.records import SOURCES
 from feyntune.evaluation.completion_stats import PUBLISHED as PUBLISHED_SIMILARITY
 from feyntune.names import BASE
+from feyntune.tex import CLOSE, OPEN, set_formulas
 
 
 def render(
@@ -48,6 +50,8 @@ def render(
         "p": _p,
         "seconds": _seconds,
         "share": _share,
+        "tex": set_formulas,
+        "marked": _marked,
     }
     return environment.get_template("report.html.jinja").render(
         css=(here / "report.css").read_text(encoding="utf-8"),
@@ -64,6 +68,7 @@ def render(
         matched=summary["budget"],
         published=_published(summary, rows),
         completions=_completions(summary, rows),
+        example=_example(summary, rows),
         reproduce=_reproduce(summary, manifests),
         packages=manifests["evaluation"].packages,
         people=people,
@@ -71,6 +76,7 @@ def render(
     )
 
 
+PAPER_BASE = "Llama-3.1-8B"
 SIGNIFICANT = "95 % CI, Holm-adjusted p < 0.05"
 
 
@@ -223,8 +229,8 @@ def budget(summary: dict[str, Any]) -> str:
 
 
 def _published(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The paper's figures beside ours of the same name; empty where other abstracts than hep-th's were measured."""
-    if summary["test"]["category"] != "hep-th":
+    """The paper's figures beside ours of the same name; empty where ours are of other abstracts or another base."""
+    if not like_published(summary):
         return []
     best = rows[1] if len(rows) > 1 else None
     result = [
@@ -253,6 +259,31 @@ def _published(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict
     return result
 
 
+def like_published(summary: dict[str, Any]) -> bool:
+    """Whether the paper's figures may stand beside these: hep-th abstracts and the paper's base model."""
+    return summary["test"]["category"] == "hep-th" and summary["base"].get("name", "").endswith(PAPER_BASE)
+
+
+def _example(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """For the first screen: of the papers shown further down, the one that the best system completed most closely."""
+    examples = summary.get("completions", {}).get("examples", [])
+    if len(rows) < 2 or not examples:
+        return None
+    best = rows[1]["system"]
+    of = lambda example, name: next((s for s in example["systems"] if s["system"] == name and s["parts"]), None)
+    told = [e for e in examples if of(e, best) and of(e, BASE)]
+    if not told:
+        return None
+    chosen = max(told, key=lambda e: of(e, best)["similarity"] or 0.0)
+    return {**chosen, "systems": [of(chosen, BASE), of(chosen, best)], "of": len(examples)}
+
+
+def _marked(parts: list[tuple[str, bool]]) -> Markup:
+    """Words with formulas set, those that the reference has too marked."""
+    text = " ".join(f"{OPEN}{words}{CLOSE}" if same else words for words, same in parts)
+    return Markup(set_formulas(text).replace(OPEN, Markup("<mark>")).replace(CLOSE, Markup("</mark>")))
+
+
 # Heading, measure, and how its mean is written.
 _COLUMNS = [
     ("Similarity", "similarity", "{:.3f}".format),
@@ -266,6 +297,9 @@ _COLUMNS = [
     ("Repeated fours", "repeated_4", lambda v: _share(v)),
     ("Compression", "compression", "{:.2f}".format),
 ]
+
+
+_ACROSS = 5  # columns of figures that fit a screen and a sheet of paper
 
 
 def _completions(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -293,9 +327,19 @@ def _completions(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[st
                         }
                     )
                 lines.append({"system": name or "reference continuation", "cells": cells})
-            tables.append(
-                {"decoding": decoding, "truncation": truncation, "heads": [c[0] for c in columns], "lines": lines}
-            )
+            heads = [c[0] for c in columns]
+            for first in range(0, len(heads), _ACROSS):
+                part = slice(first, first + _ACROSS)
+                cut = [{**line, "cells": line["cells"][part]} for line in lines]
+                tables.append(
+                    {
+                        "decoding": decoding,
+                        "truncation": truncation,
+                        "first": first == 0,
+                        "heads": heads[part],
+                        "lines": cut,
+                    }
+                )
     memorization = [{"system": name, **result["memorization"][name]} for name in systems]
     return {**result, "tables": tables, "memorization": memorization, "used": {c[1] for c in _COLUMNS}}
 
@@ -370,8 +414,15 @@ def _reproduce(summary: dict[str, Any], manifests: Mapping[str, Manifest]) -> di
     return {"commands": commands, "digests": digests}
 
 
+_ITEMS = 20  # of a list; a corpus can have thousands of clusters
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
 def _flat(figures: dict[str, Any], path: str = "") -> list[tuple[str, str]]:
-    """Numbers and words of nested counts as (name, value); lists by their length."""
+    """Numbers and words of nested counts as (name, value); long lists are shortened, and say so."""
     result: list[tuple[str, str]] = []
     for key, value in figures.items():
         name = f"{path} {key}".strip().replace("_", " ")
@@ -382,7 +433,9 @@ def _flat(figures: dict[str, Any], path: str = "") -> list[tuple[str, str]]:
         elif isinstance(value, int | float):
             result.append((name, _number(value)))
         elif isinstance(value, list):
-            result.append((name, f"{len(value):,}"))
+            items = [", ".join(map(str, i)) if isinstance(i, list) else _plain(i) for i in value]
+            more = f" … ({len(items):,} in all)" if len(items) > _ITEMS else ""
+            result.append((name, ("; ".join(items[:_ITEMS]) or "none") + more))
         elif value:
             result.append((name, str(value)))
     return result

@@ -3,7 +3,7 @@
 from typing import Any
 
 from feyntune.evaluation.completion_stats import TRUNCATIONS
-from feyntune.evaluation.report import budget, conclusion
+from feyntune.evaluation.report import budget, conclusion, like_published
 from feyntune.names import BASE
 
 # Perplexity on the hep-th test set, mean over abstracts (FeynTune, arXiv 2508.03716).
@@ -28,7 +28,7 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "delta_low": delta.get("low"),
                 "delta_high": delta.get("high"),
                 **{k: system.get(k) for k in ("p_holm", "effect", "share_better", "train_tokens", "seconds")},
-                "published": PUBLISHED.get(name) if summary["test"]["category"] == "hep-th" else None,
+                "published": PUBLISHED.get(name) if like_published(summary) else None,
                 **_completion_columns(summary.get("completions"), name),
                 "memorization": system.get("memorization"),
                 "adapter_sha256": system.get("adapter_sha256"),
@@ -61,16 +61,18 @@ _ENDS = {"": "mean", "_low": "low", "_high": "high"}
 
 def to_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     head = ["system", "perplexity (mean over abstracts)", "token-weighted", "bits per byte", "minus base (95 %)"]
-    head += ["Holm p", "train tokens", "published"]
+    published = like_published(summary)
+    head += ["Holm p", "train tokens", *(["published"] if published else [])]
     lines = [*conclusion(summary), "", *_head(head)]
     for r in rows:
         cells = [r["system"], _show(r["abstract_mean"], ".3f"), _show(r["token"], ".3f")]
         cells.append(_show(r["bits_per_byte"], ".4f"))
         cells.append(f"{r['delta']:+.3f} [{r['delta_low']:+.3f}, {r['delta_high']:+.3f}]" if r["p_holm"] else "")
-        cells += [_show(r["p_holm"], ".2g"), _show(r["train_tokens"], ","), _show(r["published"], ".2f")]
+        cells += [_show(r["p_holm"], ".2g"), _show(r["train_tokens"], ",")]
+        cells += [_show(r["published"], ".2f")] if published else []
         lines.append("| " + " | ".join(cells) + " |")
     for f in summary["failures"]:
-        lines.append(f"| {f['variant']} | failed in {f['step']}: {f['error']} |" + "  |" * 6)
+        lines.append(f"| {f['variant']} | failed in {f['step']}: {f['error']} |" + "  |" * (len(head) - 2))
     test = summary["test"]
     lines += ["", f"{test['abstracts']:,} test abstracts of {test['category']}, test set {test['digest'][:16]}."]
     lines += ["", budget(summary)] if budget(summary) else []

@@ -10,7 +10,6 @@ WORKDIR/base/       the tiny base model, a copy of the shipped one
 
 import contextlib
 import fcntl
-import io
 import json
 import logging
 import os
@@ -30,9 +29,11 @@ from feyntune.demo import copy_demo_base
 from feyntune.errors import Interrupted, UserError
 from feyntune.kubeflow.adapt import COMPILED
 from feyntune.kubeflow.preflight import check_input, refuse_null
+from feyntune.kubeflow.run_view import RunView
+from feyntune.kubeflow.step_runner import Runner, steps_by
 from feyntune.model.base import pin_base
 from feyntune.recipe import merge, read_recipe
-from feyntune.telemetry import ERROR, RELAYED, log
+from feyntune.telemetry import ERROR, log
 
 TINY_RECIPE = read_recipe(default="tiny")
 CATEGORIES = ["hep-th", "hep-ph", "gr-qc", "q-bio", "cs"]  # what the ten mixtures draw from, as in the pipelines
@@ -107,7 +108,7 @@ def run(
         }
         steps = workdir / "steps"
         before = _runs_in(steps)
-        failure = _execute(arguments, steps, folder / "run.log")
+        failure = _execute(arguments, steps, workdir / "store", folder / "run.log")
         # No folder is new when the first step failed; an older run's must not be taken for this one's.
         for new in _runs_in(steps) - before:
             _collect(new, folder, arguments)
@@ -140,7 +141,7 @@ def _absolute(source: str) -> str:
     return f"{kind}:{expand(rest).resolve()}" if kind in ("kaggle", "atom", "jsonl") else source
 
 
-def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | None:
+def _execute(arguments: dict[str, Any], steps: Path, store: Path, log_file: Path) -> str | None:
     """Run compiled/suite.yaml; returns what failed, or None. Everything printed goes to `log_file`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # settings that only a cluster honors: accelerators, node selectors, …
@@ -160,16 +161,24 @@ def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | No
         pipeline = components.load_component_from_text(
             _without_retries((COMPILED / "suite.yaml").read_text(encoding="utf-8"))
         )
+        view = RunView(arguments["variants"])
         with log_file.open("w", buffering=1, encoding="utf-8") as out:
             root, handler = logging.getLogger(), logging.StreamHandler(out)
             before = root.handlers
             root.handlers = [handler]
-            previous = signal.signal(signal.SIGINT, _interrupt)
+            runner = Runner(out, view, train_expected=not (store / "evaluations").is_dir())
+
+            def interrupt(signum: int, frame: Any) -> None:
+                log.warning("interrupted: the running steps save and end")
+                runner.stop()
+                raise KeyboardInterrupt
+
+            previous = signal.signal(signal.SIGINT, interrupt)
             try:
-                with contextlib.redirect_stdout(_Relay(out)):
+                with view.shown(), steps_by(runner), contextlib.redirect_stdout(out):
                     pipeline(**arguments)
             except KeyboardInterrupt:
-                raise Interrupted("Interrupted.") from None
+                raise Interrupted("finished steps are saved") from None
             except RuntimeError as e:
                 failure = str(e)
             else:
@@ -180,11 +189,6 @@ def _execute(arguments: dict[str, Any], steps: Path, log_file: Path) -> str | No
     return _why(log_file) or failure
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    log.warning("interrupted: the running steps save and end")
-    raise KeyboardInterrupt
-
-
 def _without_retries(text: str) -> str:
     """A cluster retries what its nodes break; on this machine a step that failed fails again."""
     documents = list(yaml.load_all(text, Loader=yaml.CSafeLoader))
@@ -192,25 +196,6 @@ def _without_retries(text: str) -> str:
         for task in dag.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
     return str(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
-
-
-class _Relay(io.TextIOBase):
-    """Writes everything to the log file, and the steps' own lines to the terminal too."""
-
-    def __init__(self, out: io.TextIOBase | Any):
-        self.out, self.rest = out, ""
-
-    def write(self, text: str) -> int:
-        self.out.write(text)
-        *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines:
-            mark = line.find(RELAYED)
-            if mark >= 0:
-                log.info("%s", line[mark + len(RELAYED) :])
-        return len(text)
-
-    def flush(self) -> None:
-        self.out.flush()
 
 
 def _why(log_file: Path) -> str | None:

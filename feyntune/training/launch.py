@@ -1,8 +1,9 @@
 """Start a training, in as many processes as there are devices, and report how it ended.
 
-The parent is light: it never loads torch. Each process runs `python -m feyntune.training.launch` with the job
-described in a file, and leaves its outcome in another. Exit codes: 0 done, 75 interrupted and saved, 2 invalid input,
-anything else a fault. After a fault the training starts once more if it saved a checkpoint since it started.
+The parent is light: it never loads torch. Each process runs `python -m feyntune.training.launch` (forked by the
+server of the local run, where there is one) with the job described in a file, and leaves its outcome in another. Exit
+codes: 0 done, 75 interrupted and saved, 2 invalid input, anything else a fault. After a fault the training starts
+once more if it saved a checkpoint since it started.
 """
 
 import ctypes
@@ -11,18 +12,18 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from feyntune import forkserver
 from feyntune.artifacts.artifact import Manifest, is_artifact, open_artifact, read_manifest
 from feyntune.artifacts.store import StoreError, open_store, pull, push, stored_manifest
 from feyntune.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
@@ -143,7 +144,7 @@ def _finished(out: str, checkpoints: str | None, inputs: dict[str, str], metadat
     return None
 
 
-def _start(job: Path, devices: int) -> list[subprocess.Popen]:
+def _start(job: Path, devices: int) -> Sequence[forkserver.Process]:
     """One training process for each device.
 
     Each has a session of its own: a terminal's Ctrl-C reaches the parent alone, which asks once.
@@ -155,10 +156,12 @@ def _start(job: Path, devices: int) -> list[subprocess.Popen]:
     # Every step has another number of tokens; fixed segments would fragment (pytorch.org/docs, CUDA semantics).
     environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, str(job)],
-            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,
+        forkserver.start(
+            __spec__.name,
+            [str(job)],
+            {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            address=os.environ.get(forkserver.ADDRESS),
+            new_session=True,
         )
         for rank in range(devices)
     ]
@@ -183,7 +186,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(processes: list[subprocess.Popen], stop_requests: list[int], patience: float) -> dict[int, int]:
+def _wait(processes: Sequence[forkserver.Process], stop_requests: list[int], patience: float) -> dict[int, int]:
     """Wait for all processes; returns the exit codes of those that ended by themselves, in order of ending.
 
     The first stop request is passed on once, as SIGTERM. After it, or after a failure, the processes that are left

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import pytest
 
-from feyntune.errors import UserError
+from feyntune.errors import EXIT_INTERRUPTED, UserError
 from feyntune.ingestion.synthetic import synthetic_records
 from feyntune.kubeflow import local
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FEW = {"papers": 4, "max_new_tokens": 16, "similarity": False}
 RECIPE = {
     "train": {"precision": "fp32", "learning_rate": 3e-3, "epochs": 2},
-    "evaluate": {"precision": "fp32", "completions": FEW, "categories": ["hep-th"]},
+    "evaluate": {"precision": "fp32", "categories": ["hep-th"], "completions": FEW},
 }
 GOOD, BAD = "hep-th/lora-qkv", "hep-th+q-bio+cs/lora-all"
 
@@ -115,6 +115,58 @@ def test_a_run_killed_anywhere_ends_with_the_same_digests(
         assert summary[key]["digest"] == expected[key]["digest"]
     for key in ("adapter_sha256", "delta", "perplexity", "train_tokens"):
         assert summary["variants"][GOOD][key] == expected["variants"][GOOD][key]
+
+
+def test_after_ctrl_c_everything_ends_and_the_same_command_resumes(
+    finished: tuple[Path, str], papers: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "feyntune", "run", "--source", f"kaggle:{papers}", "--variants", GOOD]
+    command += ["--workdir", str(tmp_path), "--base", str(tiny_base), "--recipe", json.dumps(RECIPE)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "evaluate base  " in line:  # finished; the variant is next
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    said.append(process.stderr.read())
+    assert process.wait() == EXIT_INTERRUPTED
+    assert "Run the same command to resume" in "".join(said)
+    assert "Traceback" not in "".join(said)
+    assert not (tmp_path / "latest").exists()
+    with pytest.raises(ProcessLookupError):  # no process of the run is left
+        os.killpg(process.pid, 0)
+    subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
+    again = _summary(tmp_path)["variants"][GOOD]
+    assert again["adapter_sha256"] == _summary(finished[0])["variants"][GOOD]["adapter_sha256"]
+
+
+def test_without_fork_the_steps_are_processes_of_their_own(
+    finished: tuple[Path, str], papers: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("feyntune.forkserver.can_fork", lambda: False)
+    local.run(f"kaggle:{papers}", [GOOD], tmp_path, base=str(tiny_base), recipe=RECIPE)
+    for key in ("adapter_sha256", "delta", "perplexity"):
+        assert _summary(tmp_path)["variants"][GOOD][key] == _summary(finished[0])["variants"][GOOD][key]
+
+
+def test_bad_input_costs_neither_torch_nor_a_folder(tmp_path: Path) -> None:
+    code = "import sys; sys.argv[0] = 'feyntune'; from feyntune.cli.main import app\n"
+    code += "from feyntune.errors import UserError\n"
+    code += "try: app()\nexcept UserError as e: print('torch' in sys.modules, e)\n"
+    for wrong in (
+        ["--source", "synthetic:x"],
+        ["--until", "2024-13-01"],
+        ["--base", "nowhere"],
+        ["--set", "train.a=1"],
+    ):
+        command = [sys.executable, "-c", code, "run", "--workdir", str(tmp_path / "never"), *wrong]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        assert said.startswith("False ")
+    assert not (tmp_path / "never").exists()
 
 
 def test_bad_input_is_refused_before_anything_starts(tiny_base: Path, tmp_path: Path) -> None:
