@@ -5,6 +5,7 @@ A formula is what stands between dollars, as in arXiv's abstracts, or between `\
 
 import html
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ FORMULA = re.compile(
     r"(?<![\\$])\$\$(?P<display>[^$]+)\$\$|(?<![\\$])\$(?P<dollars>[^\s$](?:[^$]*[^\s$\\])?)\$(?!\d)|\\\((?P<round>.+?)\\\)",
     re.DOTALL,
 )
-OPEN, CLOSE = "\ue000", "\ue001"  # marks in a text, of Unicode's private use; kept, and moved out of a formula
+_OPEN, _CLOSE = "\ue000", "\ue001"  # around marked words, of Unicode's private use; moved out of a formula
 LONGEST = 2000  # characters of a formula; a longer one is no formula but two lost dollars
 
 
@@ -25,11 +26,17 @@ def set_formulas(text: str) -> Markup:
     for match in FORMULA.finditer(text):
         parts.append(escape(text[end : match.start()]))
         source = match["display"] or match["dollars"] or match["round"]
-        marks = "".join(c for c in match[0] if c in (OPEN, CLOSE))
-        formula = _mathml("".join(c for c in source if c not in (OPEN, CLOSE)))
-        parts += [formula, marks] if formula else [escape(match[0])]
+        marks = "".join(c for c in match[0] if c in (_OPEN, _CLOSE))
+        formula = _mathml("".join(c for c in source if c not in (_OPEN, _CLOSE)))
+        parts += [formula, escape(marks)] if formula else [escape(match[0])]
         end = match.end()
     return Markup("").join([*parts, escape(text[end:])])
+
+
+def mark_words(parts: Iterable[tuple[str, bool]]) -> Markup:
+    """Words as HTML, formulas set across parts too; the words of a part with True stand in `<mark>`."""
+    text = " ".join(f"{_OPEN}{words}{_CLOSE}" if marked else words for words, marked in parts)
+    return Markup(set_formulas(text).replace(_OPEN, Markup("<mark>")).replace(_CLOSE, Markup("</mark>")))
 
 
 @lru_cache(maxsize=4096)

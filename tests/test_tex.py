@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feyntune.tex import CLOSE, OPEN, set_formulas
+from feyntune.tex import mark_words, set_formulas
 
 pytest.importorskip("latex2mathml")  # of the locks; an environment of before has no formulas to set
 
@@ -25,9 +25,10 @@ def test_what_is_no_formula_stays_as_written(text: str) -> None:
 
 
 def test_marks_move_out_of_a_formula() -> None:
-    page = set_formulas(f"{OPEN}the $a{CLOSE} + b$ end")
-    assert page.startswith(f"{OPEN}the <math")
-    assert page.endswith(f"</math>{CLOSE} end")
+    page = mark_words([("of", False), ("the $a", True), ("+ b$ end", False)])
+    assert page.startswith("of <mark>the <math")
+    assert page.endswith("</math></mark> end")
+    assert mark_words([("the", False), ("a <b>", True)]) == "the <mark>a &lt;b&gt;</mark>"
 
 
 class _Tags(HTMLParser):

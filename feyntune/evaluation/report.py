@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.records import SOURCES
 from feyntune.evaluation.completion_stats import PUBLISHED as PUBLISHED_SIMILARITY
 from feyntune.names import BASE
-from feyntune.tex import CLOSE, OPEN, set_formulas
+from feyntune.tex import mark_words, set_formulas
 
 
 def render(
@@ -51,7 +50,7 @@ def render(
         "seconds": _seconds,
         "share": _share,
         "tex": set_formulas,
-        "marked": _marked,
+        "marked": mark_words,
     }
     return environment.get_template("report.html.jinja").render(
         css=(here / "report.css").read_text(encoding="utf-8"),
@@ -270,18 +269,12 @@ def _example(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, A
     if len(rows) < 2 or not examples:
         return None
     best = rows[1]["system"]
-    of = lambda example, name: next((s for s in example["systems"] if s["system"] == name and s["parts"]), None)
-    told = [e for e in examples if of(e, best) and of(e, BASE)]
-    if not told:
-        return None
-    chosen = max(told, key=lambda e: of(e, best)["similarity"] or 0.0)
-    return {**chosen, "systems": [of(chosen, BASE), of(chosen, best)], "of": len(examples)}
-
-
-def _marked(parts: list[tuple[str, bool]]) -> Markup:
-    """Words with formulas set, those that the reference has too marked."""
-    text = " ".join(f"{OPEN}{words}{CLOSE}" if same else words for words, same in parts)
-    return Markup(set_formulas(text).replace(OPEN, Markup("<mark>")).replace(CLOSE, Markup("</mark>")))
+    pairs = []
+    for example in examples:
+        texts = {s["system"]: s for s in example["systems"] if s["parts"]}
+        if BASE in texts and best in texts:
+            pairs.append({**example, "systems": [texts[BASE], texts[best]], "of": len(examples)})
+    return max(pairs, key=lambda e: e["systems"][1]["similarity"] or 0.0, default=None)
 
 
 # Heading, measure, and how its mean is written.

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from feyntune.artifacts.artifact import read_manifest, write_artifact
 from feyntune.cli.main import app
 from feyntune.evaluation.compare import compare
-from feyntune.evaluation.report import _flat, _ingest_command, _marked, _number, _points, _published, _signed, ticks
+from feyntune.evaluation.report import _flat, _ingest_command, _number, _points, _published, _signed, ticks
 from feyntune.evaluation.tables import table, to_markdown
 from feyntune.ingestion.ingest import ingest
 from feyntune.tex import set_formulas
@@ -148,10 +148,6 @@ def test_the_first_screen_has_an_example_and_formulas_are_set(compared):
     assert "the abstract itself" not in rest
     pytest.importorskip("latex2mathml")
     assert "<math" in rest
-
-
-def test_marked_words_survive_a_formula_between_them():
-    assert _marked([("the", False), ("a <b>", True)]) == "the <mark>a &lt;b&gt;</mark>"
 
 
 def test_lists_are_shown_and_long_ones_say_how_long():
