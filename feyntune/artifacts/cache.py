@@ -30,7 +30,7 @@ from feyntune.telemetry import log
 
 DATA_VERSION = "feyntune-data-1"  # of ingest and split together
 TRAINING_VERSION = "feyntune-training-1"
-EVALUATION_VERSION = "feyntune-evaluation-1"
+EVALUATION_VERSION = "feyntune-evaluation-2"
 
 # The files whose code decides what a step computes, from the package's folder.
 VERSIONED_FILES = {

@@ -81,14 +81,30 @@ def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False)
     rows = []
     for v in state.versions.values():
         delta = v.measured.delta
-        rows.append([v.name, v.stage, f"{delta.mean:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]"])
+        how = v.measured.conditions
+        measured = f"{how.precision if how else 'unknown'}, test {v.measured.test[:8]}"
+        rows.append([v.name, v.stage, f"{delta.mean:+.2f} [{delta.low:+.2f}, {delta.high:+.2f}]", measured])
     if not rows:
         print("No version is registered.")
         return
-    print_table(rows, ["version", "stage", "minus base [95 % CI]"])
+    print_table(rows, ["version", "stage", "minus base [95 % CI]", "measured"])
+    for line in _incomparable(state):
+        print(line)
     if state.aliases:
         print()
         print_table([[alias, name] for alias, name in sorted(state.aliases.items())], ["alias", "version"])
+
+
+def _incomparable(state: Any) -> list[str]:
+    """A sentence for each served version whose figures do not compare with the champion's."""
+    from feyntune.conditions import differences
+
+    champion = state.versions.get(state.aliases.get("champion"))
+    lines = []
+    for v in state.served if champion else []:
+        if v.name != champion.name and (unlike := differences(v.measured.conditions, champion.measured.conditions)):
+            lines.append(f"{v.name} does not compare with the champion: measured in another {', '.join(unlike)}.")
+    return lines
 
 
 @registry_app.command("show", epilog="Example: feyntune registry show champion")

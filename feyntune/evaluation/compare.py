@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_manifest, write_artifact
+from feyntune.conditions import CONDITIONS, Conditions, differences, read_conditions
 from feyntune.errors import UserError
 from feyntune.evaluation import completion_stats, human_and_judge_sections, statistics
 from feyntune.evaluation.config import CompareConfig, primary_category
@@ -93,8 +94,10 @@ def compare(
         "champion": None,  # the register step decides
         "corpus": {"digest": inputs.get("corpus", split.inputs.get("corpus", ""))},
         "split": {"digest": split.digest},
-        "how": {**HOW, **{k: base.manifest.stats.get(k) for k in ("precision", "attention", "hardware")}},
+        "conditions": base.conditions.model_dump() if base.conditions else None,
+        "how": {**HOW, "hardware": base.manifest.stats.get("hardware")},
     }
+    summary["how"] |= {k: (summary["conditions"] or {}).get(k) for k in ("precision", "attention")}
     summary["how"] |= {"resamples": config.resamples, "seed": config.seed}
     summary["base"] |= {"digest": inputs["base"], "name": _base_name(adapters, variants)}
     for name, manifest in sealed.items():
@@ -151,6 +154,7 @@ class _System:
     name: str
     folder: Path
     manifest: Manifest
+    conditions: Conditions | None
     scores: dict[str, np.ndarray]
 
     def only(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -163,11 +167,13 @@ def _systems(evaluations: Sequence[str | Path], split: str) -> dict[str, _System
     for folder in map(Path, evaluations):
         manifest = open_artifact(folder, "evaluation")
         names = sorted(manifest.inputs.keys() - {"split", "base", "test"})
+        record = (folder / CONDITIONS).read_bytes() if CONDITIONS in manifest.files else None
         for name in ([BASE] if manifest.config["include_base"] else []) + names:
             if name in result:
                 raise UserError(f"{name} is measured twice, the second time in {folder}: leave one out.")
             scores = pq.read_table(folder / "scores" / f"{slug(name)}.parquet").sort_by("id")
-            result[name] = _System(name, folder, manifest, {c: scores[c].to_numpy() for c in scores.column_names})
+            columns = {c: scores[c].to_numpy() for c in scores.column_names}
+            result[name] = _System(name, folder, manifest, read_conditions(record), columns)
     if BASE not in result:
         raise UserError("The base model was not measured: add its evaluation, every variant is compared with it.")
     base = result.pop(BASE)
@@ -189,6 +195,9 @@ def _check_like(base: _System, other: _System) -> None:
                 f"{other.name} was measured on {what} {actual.inputs[key][:16]}, the base on "
                 f"{expected.inputs[key][:16]}: measure both alike."
             )
+    if other.conditions != base.conditions or other.conditions is None:
+        unlike = ", ".join(differences(other.conditions, base.conditions))
+        raise UserError(f"{other.name} was measured otherwise than the base, in {unlike}: evaluate both alike.")
     for setting in expected.config.keys() - {"include_base"}:
         if expected.config[setting] != actual.config.get(setting):
             raise UserError(

@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_manifest, sha256_json, write_artifact
+from feyntune.artifacts.cache import EVALUATION_VERSION
+from feyntune.conditions import CONDITIONS, Conditions
 from feyntune.errors import UserError
 from feyntune.evaluation import completions
 from feyntune.evaluation.config import EvaluateConfig
@@ -40,6 +42,8 @@ SCHEMA = pa.schema(
 )
 
 SHARD = 1024  # abstracts between two writes
+SPECIAL_TOKENS = "BOS before, EOS after and counted apart"
+LORA = "fp32"  # what peft computes an adapter in, whatever the base's precision
 
 
 def evaluate(
@@ -51,6 +55,7 @@ def evaluate(
 ) -> Manifest:
     """Score every system into a sealed `evaluation` at `out`: `scores/SLUG.parquet`, columns as SCHEMA, by id.
 
+    `conditions.json` says how (feyntune.conditions): what figures must agree in to be compared.
     With `config.completions` also `completions/SLUG.parquet`, columns as completions.SCHEMA, by id and decoding.
     The manifest's inputs name the split, the base, each adapter and the test set (`test`, see test_digest).
 
@@ -85,7 +90,9 @@ def evaluate(
 
     with write_artifact(out, "evaluation", inputs, config.model_dump(mode="json")) as folder:
         (folder.path / "scores").mkdir()
-        scorer = _Scorer(pinned, papers, config, out.parent)
+        conditions = _conditions(inputs["test"], config)
+        (folder.path / CONDITIONS).write_text(conditions.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        scorer = _Scorer(pinned, papers, config, out.parent, conditions)
         for system in systems:  # the base first, while there is no adapter in it
             table = scorer.score(system, adapters.get(system), inputs.get(system))
             pq.write_table(table, folder.path / "scores" / f"{slug(system)}.parquet")
@@ -157,6 +164,25 @@ def test_digest(papers: pa.Table) -> str:
     return sha256_json([papers[c].to_pylist() for c in ("id", "split", "abstract")])
 
 
+def _conditions(test: str, config: EvaluateConfig) -> Conditions:
+    """How this process measures: known before the base is loaded."""
+    import torch
+
+    from feyntune.model.load import get_device
+    from feyntune.model.packed import attention_backend
+
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    return Conditions(
+        test=test,
+        precision=config.precision,
+        lora=LORA,
+        attention=attention_backend(get_device(), dtype),
+        max_length=None,
+        special_tokens=SPECIAL_TOKENS,
+        evaluation=EVALUATION_VERSION,
+    )
+
+
 def _checked_adapter(name: str, folder: str | Path, base: str) -> str:
     if name == BASE or slug(name) == BASE:
         raise UserError(f"An adapter cannot be called {BASE!r}, the base model's name: call it by its variant.")
@@ -176,16 +202,16 @@ class _Scorer:
     Finished shards lie beside the output, in a folder named by what decides them.
     """
 
-    def __init__(self, base: str, papers: pa.Table, config: EvaluateConfig, folder: Path):
+    def __init__(self, base: str, papers: pa.Table, config: EvaluateConfig, folder: Path, conditions: Conditions):
         self.base, self.papers, self.config, self.folder = base, papers, config, folder
+        self.conditions = conditions
         self.shards: list[Path] = []
         self.model: Any = None
         self.tokens, self.seconds, self.resumed = 0, 0.0, 0
-        self.kernel = ""
 
     def score(self, system: str, adapter: str | Path | None, digest: str | None) -> pa.Table:
         """Scores of one system as SCHEMA, sorted by id."""
-        key = {"test": test_digest(self.papers), "base": split_pin(self.base)[1], "adapter": digest}
+        key = {"base": split_pin(self.base)[1], "adapter": digest, **self.conditions.model_dump()}
         key |= self.config.model_dump(mode="json", exclude={"include_base", "categories", "completions"})
         shards = self.folder / f".scores-{sha256_json(key)[:16]}"
         shards.mkdir(parents=True, exist_ok=True)
@@ -220,15 +246,12 @@ class _Scorer:
         import torch
 
         from feyntune.model.load import check_vocab_size, get_device, load_base, load_tokenizer
-        from feyntune.model.packed import attention_backend
 
         device = get_device()
         if self.model is None:
             self.tokenizer = load_tokenizer(self.base)
             self.model = load_base(self.base, self.config.precision, device)
             check_vocab_size(self.model, self.tokenizer, self.base)
-            dtype = torch.float32 if self.config.precision == "fp32" else torch.bfloat16
-            self.kernel = attention_backend(device, dtype)
             self.hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         if adapter is None:
             return
@@ -285,7 +308,6 @@ class _Scorer:
         stats: dict[str, Any] = {"seconds": self.seconds, "tokens": self.tokens, "shards_resumed": self.resumed}
         if self.model is not None:
             stats |= {"tokens_per_second": self.tokens / self.seconds, "hardware": self.hardware}
-            stats |= {"precision": self.config.precision, "attention": self.kernel}
         return stats
 
     def forget(self) -> None:

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from feyntune.artifacts.artifact import read_manifest
+from feyntune.artifacts.artifact import read_manifest, write_artifact
 from feyntune.artifacts.cache import capture_failure, is_finished, newest_failure, scratch
 from feyntune.artifacts.store import open_store, pull, push
+from feyntune.conditions import CONDITIONS, differences, read_conditions
 from feyntune.constants import EVALUATE_RETRIES
 from feyntune.errors import UserError
 from feyntune.keys import last_attempt, variant_keys
@@ -40,6 +41,21 @@ def evaluate_branch(
         push(artifacts, out, f"{branch}/evaluation")
 
 
+def _unlike(base: Path, other: Path) -> list[str]:
+    """What keeps one system's scores from being compared with the base's."""
+    a, b = (read_conditions(p.read_bytes() if p.is_file() else None) for p in (other / CONDITIONS, base / CONDITIONS))
+    return differences(a, b)
+
+
+def _incomparable(variant: str, unlike: list[str], out: Path) -> Path:
+    """The `failure` of a variant that was measured on other hardware than the base, say; the others are compared."""
+    error = f"It was measured otherwise than the base, in {', '.join(unlike)}: evaluate both on the same hardware."
+    outcome = {"variant": variant, "step": "evaluate", "error": error, "traceback": ""}
+    with write_artifact(out, kind="failure", config=outcome) as folder:
+        (folder.path / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+    return out
+
+
 def compare_branches(
     corpus: str,
     data: str,
@@ -68,6 +84,10 @@ def compare_branches(
             training, branch = variant_keys(split, base, recipe, name)
             if is_finished(artifacts, branch):
                 pull(artifacts, f"{branch}/evaluation", folder / f"evaluation-{i}", kind="evaluation")
+                unlike = _unlike(folder / "evaluation-0", folder / f"evaluation-{i}")
+                if unlike:
+                    failures.append(_incomparable(name, unlike, folder / f"failure-{i}"))
+                    continue
                 evaluations.append(folder / f"evaluation-{i}")
                 if training is not None:
                     pull(artifacts, f"{training}/adapter", folder / f"adapter-{i}", kind="adapter")

@@ -9,6 +9,8 @@
     on_incomparable_champion: replace  # or keep: when the champion was measured on another test set or base
 
 One clause is part of every policy: the paired 95 % interval of variant minus base lies below zero.
+A champion on the same test set that was measured in another way (precision, attention, special tokens, version of the
+evaluation; feyntune.conditions) is kept, whatever the policy: measure it again, or promote by hand.
 """
 
 from pathlib import Path
@@ -18,6 +20,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from feyntune.artifacts.artifact import sha256_json
+from feyntune.conditions import Conditions, differences
 from feyntune.errors import UserError
 
 Metric = Literal["abstract_mean", "token"]
@@ -45,7 +48,7 @@ class Interval(BaseModel):
 
 
 class Measured(BaseModel):
-    """One variant's figures from one comparison. `test` and `base` are digests."""
+    """One variant's figures from one comparison. `test` and `base` are digests; `conditions` is None before 0.2."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,6 +58,7 @@ class Measured(BaseModel):
     base_perplexity: Perplexity
     perplexity: Perplexity
     delta: Interval  # variant minus base: below zero is better
+    conditions: Conditions | None = None
     # Events before 0.2 spell it with an s.
     memorization: FiniteFloat | None = Field(None, validation_alias=AliasChoices("memorization", "memorisation"))
 
@@ -163,7 +167,8 @@ def compare_to_champion(challenger: Measured, champion: Measured | None, policy:
     """Whether `challenger` takes an alias from `champion` (None: nobody holds it).
 
     Two variants compare by their gain over the same base on the same test set. Where either differs there is
-    nothing to compare, and the policy's `on_incomparable_champion` decides.
+    nothing to compare, and the policy's `on_incomparable_champion` decides. Where they were measured under other
+    conditions the champion is kept: a gain in bf16 does not beat one in fp32.
     """
     if champion is None:
         return Clause(clause="better_than_champion", passed=True, message="there is no champion yet")
@@ -174,6 +179,12 @@ def compare_to_champion(challenger: Measured, champion: Measured | None, policy:
             passed=policy.on_incomparable_champion == "replace",
             message=f"the champion was measured on another {what}; by the policy it is "
             + ("replaced" if policy.on_incomparable_champion == "replace" else "kept"),
+        )
+    if unlike := differences(challenger.conditions, champion.conditions):
+        return Clause(
+            clause="better_than_champion",
+            passed=False,
+            message=f"the champion was measured otherwise, in {', '.join(unlike)}, so it is kept: evaluate both alike",
         )
     lead = challenger.gain(policy.metric) - champion.gain(policy.metric)
     passed = lead > policy.margin_over_champion

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from feyntune.artifacts.artifact import Manifest, open_artifact, read_manifest, write_artifact
+from feyntune.conditions import Conditions
 from feyntune.errors import UserError
 from feyntune.names import slug
 from feyntune.registry.card import model_card
@@ -189,6 +190,7 @@ class _Summary(BaseModel):
     split: _Digest
     base: _Base
     test: _Test
+    conditions: Conditions | None = None  # comparisons before 0.2 have none
     variants: dict[str, dict[str, Any]]
     failures: list[_Failure] = []
 
@@ -221,6 +223,7 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
             base_perplexity=summary.base.perplexity,
             perplexity=variant.perplexity,
             delta=variant.delta,
+            conditions=summary.conditions,
             memorization=variant.memorization,
         )
     except ValidationError as e:

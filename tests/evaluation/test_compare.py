@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feyntune.artifacts.artifact import read_manifest, write_artifact
+from feyntune.artifacts.artifact import read_manifest, write_artifact, write_manifest
+from feyntune.conditions import CONDITIONS
 from feyntune.errors import UserError
 from feyntune.evaluation.compare import compare
 from feyntune.evaluation.evaluate import SCHEMA
@@ -32,7 +33,7 @@ def better(evaluation, out, factor, order=1):
         (folder.path / "completions").mkdir()
         folder.stats |= manifest.stats
         for name in manifest.files:
-            if name.startswith("completions/"):
+            if not name.startswith("scores/"):
                 shutil.copyfile(evaluation / name, folder.path / name)
                 continue
             table = pq.read_table(evaluation / name)
@@ -115,10 +116,62 @@ def test_a_variant_measured_otherwise_is_refused(tmp_path, evaluations, adapters
     assert not (tmp_path / "out").exists()
 
 
+def measured_in(evaluation, out, precision):
+    """A copy of an evaluation whose record names another precision; None: without a record."""
+    manifest = read_manifest(evaluation)
+    shutil.copytree(evaluation, out)
+    (out / "manifest.json").unlink()
+    record = json.loads((out / CONDITIONS).read_text())
+    (out / CONDITIONS).write_text(json.dumps(record | {"precision": precision}))
+    if precision is None:
+        (out / CONDITIONS).unlink()
+    write_manifest(out, "evaluation", manifest.inputs, manifest.config, manifest.stats)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("bf16", "hep-th/lora-qkv was measured otherwise than the base, in precision \\(bf16, not fp32\\)"),
+        (None, "hep-th/lora-qkv was measured otherwise than the base, in conditions of measurement"),
+    ],
+)
+def test_systems_measured_under_other_conditions_are_not_compared(
+    tmp_path, evaluations, adapters, tiny_split, precision, message
+):
+    other = measured_in(evaluations[1], tmp_path / "other", precision)
+    with pytest.raises(UserError, match=message):
+        compare([evaluations[0], other, evaluations[2]], adapters, tiny_split, tmp_path / "out", config=QUICK)
+
+
+def test_a_branch_measured_otherwise_fails_and_the_others_are_compared(
+    tmp_path, evaluations, adapters, tiny_base, tiny_split
+):
+    from feyntune.artifacts.store import open_store, push
+    from feyntune.evaluation.step import compare_branches
+    from feyntune.keys import variant_keys
+
+    store = open_store(str(tmp_path / "store"))
+    other = measured_in(evaluations[1], tmp_path / "other", "bf16")
+    split = read_manifest(tiny_split).digest
+    for name, evaluation in (("base", evaluations[0]), (QKV, other), (ALL, evaluations[2])):
+        training, branch = variant_keys(split, tiny_base, {}, name)
+        push(store, evaluation, f"{branch}/evaluation")
+        if training:
+            push(store, adapters[name], f"{training}/adapter")
+    compare_branches("", tiny_split, [QKV, ALL], tiny_base, {}, str(tmp_path / "store"), str(tmp_path / "out"))
+    summary = summary_of(tmp_path / "out")
+    assert list(summary["variants"]) == [ALL]
+    assert [f["variant"] for f in summary["failures"]] == [QKV]
+    assert "measured otherwise than the base, in precision (bf16, not fp32)" in summary["failures"][0]["error"]
+    assert summary["conditions"]["precision"] == "fp32"
+
+
 def test_scores_of_other_abstracts_are_refused(tmp_path, evaluations, adapters, tiny_split):
     manifest = read_manifest(evaluations[1])
     with write_artifact(tmp_path / "short", "evaluation", manifest.inputs, manifest.config) as folder:
         (folder.path / "scores").mkdir()
+        shutil.copyfile(evaluations[1] / CONDITIONS, folder.path / CONDITIONS)
         name = "scores/hep-th.lora-qkv.parquet"
         pq.write_table(pq.read_table(evaluations[1] / name).slice(1), folder.path / name)
     with pytest.raises(UserError, match="not measured on the abstracts of the base"):
@@ -211,6 +264,9 @@ def test_completions_are_joined_by_name_and_paper(tmp_path, compared, evaluation
             folder.stats |= manifest.stats
             for name in manifest.files:
                 (folder.path / name).parent.mkdir(exist_ok=True)
+                if name == CONDITIONS:
+                    shutil.copyfile(evaluation / name, folder.path / name)
+                    continue
                 table = pq.read_table(evaluation / name)
                 pq.write_table(table.take(list(range(table.num_rows))[::-1]), folder.path / name)
         turned.append(tmp_path / evaluation.name)
@@ -224,6 +280,9 @@ def changed_completions(evaluation, out, change, stats=None):
         folder.stats |= stats or manifest.stats
         for name in manifest.files:
             (folder.path / name).parent.mkdir(exist_ok=True)
+            if name == CONDITIONS:
+                shutil.copyfile(evaluation / name, folder.path / name)
+                continue
             table = pq.read_table(evaluation / name)
             if name.startswith("completions/"):
                 table = pa.Table.from_pylist([r | change(r) for r in table.to_pylist()], table.schema)

@@ -11,6 +11,10 @@ from feyntune.artifacts.artifact import read_manifest, write_artifact
 from feyntune.names import slug
 
 BASE, TEST, CORPUS, SPLIT = "b" * 64, "e" * 64, "c" * 64, "5" * 64
+CONDITIONS = {
+    **{"test": TEST, "precision": "fp32", "lora": "fp32", "attention": "sdpa", "max_length": None},
+    **{"special_tokens": "BOS", "evaluation": "feyntune-evaluation-2"},
+}
 BASE_PERPLEXITY = {"abstract_mean": 40.0, "token": 38.0}
 
 
@@ -65,6 +69,7 @@ def make_comparison(
     abstracts: int = 200,
     failures: tuple[str, ...] = (),
     extra: dict[str, dict] | None = None,
+    conditions: dict | None = None,
 ) -> Path:
     """A sealed comparison in which each variant's (mean, low, high) difference to the base is as given."""
     variants = {}
@@ -83,6 +88,7 @@ def make_comparison(
         "split": {"digest": SPLIT},
         "base": {"digest": base, "perplexity": BASE_PERPLEXITY},
         "test": {"digest": test, "abstracts": abstracts},
+        "conditions": {**CONDITIONS, "test": test, **(conditions or {})},
         "variants": variants,
         "failures": [{"variant": v, "step": "train", "error": "out of memory"} for v in failures],
     }

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from feyntune.conditions import Conditions
 from feyntune.errors import UserError
 from feyntune.registry.gate import (
     Clause,
@@ -14,9 +15,23 @@ from feyntune.registry.gate import (
     read_policy,
 )
 
+FP32 = Conditions(
+    test="t",
+    precision="fp32",
+    lora="fp32",
+    attention="sdpa",
+    max_length=None,
+    special_tokens="BOS",
+    evaluation="feyntune-evaluation-2",
+)
+BF16 = FP32.model_copy(update={"precision": "bf16"})
 
-def measured(mean=-2.0, low=-3.0, high=-1.0, abstracts=100, token=-2.0, test="t", base="b", memorization=None):
+
+def measured(
+    mean=-2.0, low=-3.0, high=-1.0, abstracts=100, token=-2.0, test="t", base="b", memorization=None, conditions=FP32
+):
     return Measured(
+        conditions=conditions,
         test=test,
         base=base,
         abstracts=abstracts,
@@ -115,6 +130,28 @@ def test_a_champion_measured_otherwise_is_replaced_or_kept_as_the_policy_says(ot
     clause = compare_to_champion(measured(**other), champion, Policy(on_incomparable_champion="keep"))
     assert not clause.passed
     assert "another" in clause.message
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(on_incomparable_champion="replace")])
+@pytest.mark.parametrize(
+    ("conditions", "what"),
+    [
+        (BF16, "precision (bf16, not fp32)"),
+        (FP32.model_copy(update={"attention": "flash-attn"}), "attention kernel (flash-attn, not sdpa)"),
+        (FP32.model_copy(update={"max_length": 512}), "maximum length (512, not none)"),
+        (FP32.model_copy(update={"special_tokens": "none"}), "special tokens (none, not BOS)"),
+        (FP32.model_copy(update={"evaluation": "3"}), "version of the evaluation (3, not feyntune-evaluation-2)"),
+        (None, "conditions of measurement (not recorded before version 0.2)"),
+    ],
+)
+def test_a_gain_measured_otherwise_takes_no_title(policy, conditions, what):
+    clause = compare_to_champion(measured(mean=-20, conditions=conditions), measured(mean=-2), policy)
+    assert not clause.passed
+    assert f"in {what}, so it is kept" in clause.message
+
+
+def test_of_two_figures_without_a_record_nothing_is_known():
+    assert not compare_to_champion(measured(mean=-9, conditions=None), measured(conditions=None), Policy()).passed
 
 
 def test_a_policy_file_is_read(tmp_path):

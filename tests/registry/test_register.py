@@ -86,6 +86,19 @@ def test_a_champion_of_another_test_set_is_replaced_unless_the_policy_keeps_it(t
     assert replaced.champion_version == replaced.variants[QKV].version
 
 
+def test_a_title_does_not_change_hands_on_a_gain_in_another_precision(tmp_path):
+    uri, bf16 = str(tmp_path / "r"), {"precision": "bf16"}
+    old = later(tmp_path, {QKV: GOOD}, 1)
+    first = register(*old, uri)
+    new, made = later(tmp_path, {ALL: BETTER}, 2, conditions=bf16)
+    kept = register(new, made, uri)
+    assert kept.champion_version == first.champion_version
+    assert "the champion was measured otherwise, in precision (bf16, not fp32)" in kept.variants[ALL].reasons[0]
+    # The older one is measured again, as the newer: now they compare.
+    both = make_comparison(tmp_path / "both", old[1] | made, {QKV: GOOD, ALL: BETTER}, conditions=bf16)
+    assert register(both, old[1] | made, uri).champion_version == kept.variants[ALL].version
+
+
 def test_what_a_person_rolled_back_stays_so(tmp_path):
     uri = str(tmp_path / "r")
     first = register(*later(tmp_path, {QKV: GOOD}, 1), uri)
