@@ -8,16 +8,21 @@ from typing import Any
 
 from feyntune.artifacts.cache import evaluation_key, training_key
 from feyntune.evaluation.config import EvaluateConfig
-from feyntune.names import BASE
+from feyntune.names import BASE, split_seed
 from feyntune.training.config import adapter_metadata, parse_config
 
 
 def variant_keys(split_digest: str, base: str, recipe: dict[str, Any], name: str) -> tuple[str | None, str]:
-    """(training key, evaluation key) of a variant under `recipe`; the base model has no training key."""
+    """(training key, evaluation key) of a variant under `recipe`; the base model has no training key.
+
+    A name with a seed (`hep-th/lora-qkv/seed1`) is the variant trained with that seed in place of the recipe's.
+    """
     training = None
     if name != BASE:
-        mixture, _, method = name.rpartition("/")
-        metadata = adapter_metadata(parse_config(recipe.get("train", {})), mixture, method)
+        variant, seed = split_seed(name)
+        mixture, _, method = variant.rpartition("/")
+        train = recipe.get("train", {})
+        metadata = adapter_metadata(parse_config(train if seed is None else {**train, "seed": seed}), mixture, method)
         training = training_key(split_digest, base, metadata)
     config = EvaluateConfig.model_validate({**recipe.get("evaluate", {}), "include_base": name == BASE})
     return training, evaluation_key(split_digest, base, training, config.model_dump(mode="json"), name)

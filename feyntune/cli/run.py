@@ -42,6 +42,9 @@ def run(
     recipe: RecipeFile = None,
     changes: Changes = None,
     devices: Annotated[int, typer.Option(help="Training processes, one for each GPU.")] = 1,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Trainings of each variant; the report shows the spread between seeds.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the compiled pipeline on this machine, from abstracts to a registry."""
@@ -50,6 +53,7 @@ def run(
 
     setup_logging(quiet=as_json)
     names = load_variants().names() if variants == "all" else names_of(variants) or []
+    changes = [*(changes or []), *([] if seeds is None else [f"train.seeds={seeds}"])]
     values = recipe_of(recipe, changes, base, as_json)
     failed = None
     try:

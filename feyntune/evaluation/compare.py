@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_manifest, write_artifact
 from feyntune.conditions import CONDITIONS, Conditions, differences, read_conditions
 from feyntune.errors import UserError
-from feyntune.evaluation import completion_stats, human_and_judge_sections, statistics
+from feyntune.evaluation import completion_stats, human_and_judge_sections, seeds, statistics
 from feyntune.evaluation.config import CompareConfig, primary_category
 from feyntune.evaluation.evaluate import category_of
 from feyntune.evaluation.report import render
@@ -88,8 +88,21 @@ def compare(
         raise UserError(f"{out} holds a comparison of something else: choose another folder.")
 
     groups = _groups(base, config)
+    curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text(encoding="utf-8")) for name in variants}
+    members = seeds.group({name: int(m.config.get("seed", 0)) for name, m in sealed.items()})
+    validation = {name: _last_validation(curve) for name, curve in curves.items()}
+    chosen = {variant: seeds.representative(by_seed, validation) for variant, by_seed in members.items()}
+    of_seeds = None
+    if any(len(by_seed) > 1 for by_seed in members.values()):
+        each = {name: statistics.per_abstract(s.only(groups.primary)) for name, s in systems.items()}
+        of_seeds = seeds.figures(members, chosen, each[BASE], each, validation)
+    # From here on a variant is the one of its seeds that stands for it.
+    measured_as = {BASE: BASE, **{variant: members[variant][seed] for variant, seed in chosen.items()}}
+    systems = {name: systems[system] for name, system in measured_as.items()}
+    sealed, curves = ({v: kind[measured_as[v]] for v in members} for kind in (sealed, curves))
     summary: dict[str, Any] = {
         **_measure(systems, groups, config),
+        **({} if of_seeds is None else {"seeds": of_seeds}),
         "failures": failed,
         "champion": None,  # the register step decides
         "corpus": {"digest": inputs.get("corpus", split.inputs.get("corpus", ""))},
@@ -102,25 +115,31 @@ def compare(
     summary["base"] |= {"digest": inputs["base"], "name": _base_name(adapters, variants)}
     for name, manifest in sealed.items():
         variant = summary["variants"][name]
-        variant |= {"promoted": None, "adapter_sha256": manifest.files["adapter_model.safetensors"].sha256}
+        variant |= {
+            "promoted": None,
+            "seed": chosen[name],
+            "adapter_sha256": manifest.files["adapter_model.safetensors"].sha256,
+        }
         variant |= {key: manifest.stats.get(key) for key in ("train_tokens", "seconds")}
-        if adapter_uris and name in adapter_uris:
-            variant["adapter"] = adapter_uris[name]
+        if adapter_uris and measured_as[name] in adapter_uris:
+            variant["adapter"] = adapter_uris[measured_as[name]]
     summary |= opinions
-    curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text(encoding="utf-8")) for name in variants}
     summary["budget"] = _budget(systems, groups.primary, summary["variants"], curves, config)
     completions = completion_stats.read(
-        {n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()}
+        {n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()}, measured_as
     )
     if completions is not None:
         summary["completions"] = completion_stats.figures(
-            completions, {n: s.manifest for n, s in systems.items()}, config
+            completions, {n: s.manifest for n, s in systems.items()}, measured_as, config
         )
         for name, measured in summary["completions"]["memorization"].items():
             system = summary["base"] if name == BASE else summary["variants"][name]
             system["memorization"] = measured["test"]["share"]
     rows = table(summary)
     summary["conclusion"] = _conclusion(systems, groups.primary, rows, config)
+    if of_seeds is not None:
+        best = None if of_seeds["tied"] else of_seeds["best"]
+        summary["conclusion"] = {"best": best, "better_than_base": of_seeds["better_than_base"], "lead": None}
     if completions is not None:
         decoding = summary["completions"]["settings"]["decodings"][0]
         summary["completions"]["examples"] = completion_stats.examples(
@@ -134,7 +153,8 @@ def compare(
             long = completion_stats.rows(summary["completions"])
             (folder.path / "completions.csv").write_text(completion_stats.to_csv(long), encoding="utf-8")
         (folder.path / "table.md").write_text(
-            to_markdown(rows, summary) + human_and_judge_sections.appendix(summary), encoding="utf-8"
+            to_markdown(rows, summary) + seeds.appendix(summary) + human_and_judge_sections.appendix(summary),
+            encoding="utf-8",
         )
         for name, text in human_and_judge_sections.tables(summary).items():
             (folder.path / name).write_text(text, encoding="utf-8")
@@ -206,6 +226,11 @@ def _check_like(base: _System, other: _System) -> None:
             )
     if base.scores["id"].tolist() != other.scores["id"].tolist():
         raise UserError(f"{other.name} was not measured on the abstracts of the base: evaluate it again.")
+
+
+def _last_validation(curve: dict[str, Any]) -> float | None:
+    """Perplexity on the validation papers at the end of a training; None where there were none."""
+    return curve["validation"][-1]["perplexity"] if curve["validation"] else None
 
 
 def _adapter_of(system: _System, adapters: Mapping[str, str | Path]) -> Manifest:

@@ -42,11 +42,14 @@ SHOWN = 4  # systems shown beside the reference continuation: the base, then the
 Tables = dict[str, pa.Table]
 
 
-def read(folders: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> Tables | None:
+def read(
+    folders: Mapping[str, Path], manifests: Mapping[str, Manifest], measured_as: Mapping[str, str]
+) -> Tables | None:
     """Every system's completions, joined: the same papers, prompts and decodings in the same order as the base's.
 
     Args:
         folders, manifests: of each system's evaluation, the base's among them.
+        measured_as: the name each system has in its evaluation (that of one of its seeds).
 
     Raises:
         UserError: a system completed other prompts than the base.
@@ -56,7 +59,7 @@ def read(folders: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> Tabl
     tables = {}
     for name, folder in folders.items():
         order = [("id", "ascending"), ("decoding", "ascending")]
-        tables[name] = pq.read_table(folder / "completions" / f"{slug(name)}.parquet").sort_by(order)
+        tables[name] = pq.read_table(folder / "completions" / f"{slug(measured_as[name])}.parquet").sort_by(order)
     joined = ["id", "decoding", "split", "prompt", "reference"]
     expected = tables[BASE].select(joined)
     for name, table in tables.items():
@@ -65,7 +68,9 @@ def read(folders: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> Tabl
     return tables
 
 
-def figures(tables: Tables, manifests: Mapping[str, Manifest], config: CompareConfig) -> dict[str, Any]:
+def figures(
+    tables: Tables, manifests: Mapping[str, Manifest], measured_as: Mapping[str, str], config: CompareConfig
+) -> dict[str, Any]:
     """The `completions` of a summary.
 
     `figures[split][decoding][truncation][system][measure]` is {mean} and, for variants, {delta, p, p_holm, effect}
@@ -77,7 +82,7 @@ def figures(tables: Tables, manifests: Mapping[str, Manifest], config: CompareCo
     similarity = _similarity_model(stats)
     base = tables[BASE]
     result: dict[str, Any] = {"settings": settings, "similarity": similarity, "definitions": DEFINITIONS}
-    result["training_papers"] = {name: f.get("training_papers", {}).get(name) for name, f in stats.items()}
+    result["training_papers"] = {name: f.get("training_papers", {}).get(measured_as[name]) for name, f in stats.items()}
     result["papers"], result["figures"], result["reference"] = {}, {}, {}
     splits, decodings = np.array(base["split"].to_pylist()), np.array(base["decoding"].to_pylist())
     for split in ("test", "holdout"):

@@ -15,8 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.records import SOURCES
+from feyntune.evaluation import seeds
 from feyntune.evaluation.completion_stats import PUBLISHED as PUBLISHED_SIMILARITY
-from feyntune.names import BASE
+from feyntune.names import BASE, split_seed
 from feyntune.tex import mark_words, set_formulas
 
 
@@ -76,6 +77,10 @@ def render(
 
 
 PAPER_BASE = "Llama-3.1-8B"
+ONE_SEED = (
+    "Each variant was trained with one seed: the ranking holds within it, and what another seed would change is not "
+    "measured (--seeds 3 does)."
+)
 SIGNIFICANT = "95 % CI, Holm-adjusted p < 0.05"
 
 
@@ -85,6 +90,8 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
     n = f"{test['abstracts']:,} test abstracts of {test['category']}"
     if not variants:
         return [f"No variant was measured on the {n}."]
+    if "seeds" in summary:
+        return seeds.sentences(summary["seeds"], summary["base"]["perplexity"]["abstract_mean"], n)
     if result["best"] is None:
         return [
             f"None of {len(variants)} variant{'s' if len(variants) > 1 else ''} is significantly better than the base "
@@ -115,6 +122,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
             f"{result['better_than_base']} of {len(variants)} variants are significantly better than the base "
             f"({SIGNIFICANT})."
         )
+        sentences.append(ONE_SEED)
     return sentences
 
 
@@ -389,7 +397,7 @@ def _reproduce(summary: dict[str, Any], manifests: Mapping[str, Manifest]) -> di
         commands[-1] += " --previous PREVIOUS"
     known = {k: v for k, v in manifests.items() if k in summary["variants"]}
     for name, adapter in known.items():
-        mixture, _, method = name.rpartition("/")
+        mixture, _, method = split_seed(name)[0].rpartition("/")
         config = {k: v for k, v in adapter.config.items() if k not in ("variant", "mixture", "method")}
         commands.append(
             f"feyntune train --data split --mix {mixture} --method {method} --base BASE --out adapters/{name} "

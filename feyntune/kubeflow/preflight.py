@@ -18,12 +18,14 @@ from feyntune.artifacts.store import open_store
 from feyntune.errors import UserError, VariantsFailed
 from feyntune.keys import variant_keys
 from feyntune.model.base import pin_base
+from feyntune.names import seed_names
 from feyntune.telemetry import log, setup
+from feyntune.training.config import parse_config
 from feyntune.variants import select_variants
 
 
 class Pinned(NamedTuple):
-    variants: list[str]  # full names, in the order of variants.yaml
+    variants: list[str]  # full names, in the order of variants.yaml; with several seeds one for each training
     base: str  # LOCATION@DIGEST
     fingerprint: str  # changes when the source or the code that reads it does
 
@@ -53,7 +55,9 @@ def preflight(
     names = check_input(source, variants, base, recipe, devices, registry, serving, days, categories)
     for address in dict.fromkeys((store, registry)):
         writable(address)
-    pinned = Pinned(names, pin_base(base), source_fingerprint(source))
+    train = parse_config(recipe.get("train", {}))
+    trainings = [training for name in names for training in seed_names(name, train.seed, train.seeds)]
+    pinned = Pinned(trainings, pin_base(base), source_fingerprint(source))
     log.info("base model %s, store %s: ready", pinned.base.rpartition("@")[0], store)
     return pinned
 
@@ -109,7 +113,6 @@ def check_recipe(recipe: dict[str, Any], devices: int) -> list[str]:
         UserError: an unknown setting, or a value that it cannot have.
     """
     from feyntune.evaluation.config import EvaluateConfig
-    from feyntune.training.config import parse_config
 
     unknown = set(recipe) - {"train", "evaluate"}
     if unknown:

@@ -51,6 +51,10 @@ class TrainConfig(BaseModel):
         None, ge=8, description="Tokens per document; longer ones are split. None: the base model's context."
     )
     seed: NonNegativeInt = Field(0, description="Seed of the adapter's initialization, the data order and dropout.")
+    seeds: PositiveInt = Field(
+        1,
+        description="Trainings of each variant in a run, with seed, seed + 1, …: the spread between them is reported.",
+    )
     validation_papers: NonNegativeInt = Field(
         1000, description="Papers of the validation split that are scored at the end of each epoch."
     )
@@ -89,6 +93,7 @@ class TrainConfig(BaseModel):
 
 
 _EXECUTION_SETTINGS = {
+    "seeds",
     "device",
     "devices",
     "threads",

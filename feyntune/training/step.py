@@ -10,6 +10,7 @@ from feyntune.artifacts.store import open_store
 from feyntune.constants import TRAIN_RETRIES
 from feyntune.errors import EXIT_INTERRUPTED, Interrupted
 from feyntune.keys import last_attempt, variant_keys
+from feyntune.names import split_seed
 from feyntune.telemetry import setup
 from feyntune.training.launch import launch
 
@@ -23,14 +24,15 @@ def train_branch(
     store: str,
     out: str,
 ) -> dict[str, float]:
-    """Train `variant` into `out` (a sealed `adapter`, or a `failure`); returns metrics for the Kubeflow form.
+    """Train `variant`, which may name a seed, into `out` (an `adapter`, or a `failure`); returns metrics for Kubeflow.
 
     Raises:
         SystemExit: with code 75 when the training was stopped and has saved; Kubeflow retries the task.
     """
     setup()
-    mixture, _, method = variant.rpartition("/")
-    config = {**recipe.get("train", {}), "devices": devices}
+    name, seed = split_seed(variant)
+    mixture, _, method = name.rpartition("/")
+    config = {**recipe.get("train", {}), "devices": devices, **({} if seed is None else {"seed": seed})}
     training, branch = variant_keys(read_manifest(data).digest, base, recipe, variant)
     try:
         with capture_failure(open_store(store), branch, "train", variant, out, last_attempt(TRAIN_RETRIES)):

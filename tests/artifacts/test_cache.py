@@ -85,6 +85,12 @@ def test_how_and_where_it_is_computed_changes_nothing():
     assert keys(base="s3://elsewhere/llama@" + "a" * 64) == keys()
 
 
+def test_a_seed_in_the_name_is_that_seed_and_how_many_there_are_changes_nothing():
+    assert keys(name="hep-th/lora-all/seed4")[0] == keys(train={"seed": 4})[0]
+    assert keys(name="hep-th/lora-all/seed4")[0] != keys()[0]
+    assert keys(train={"seeds": 3}) == keys()
+
+
 def test_another_split_or_base_starts_afresh():
     assert len({keys(), keys(split="t"), keys(base="/models/llama@" + "b" * 64), keys(name="hep-th/lora-qkv")}) == 4
 

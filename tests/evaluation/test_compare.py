@@ -159,7 +159,11 @@ def test_a_branch_measured_otherwise_fails_and_the_others_are_compared(
         push(store, evaluation, f"{branch}/evaluation")
         if training:
             push(store, adapters[name], f"{training}/adapter")
-    compare_branches("", tiny_split, [QKV, ALL], tiny_base, {}, str(tmp_path / "store"), str(tmp_path / "out"))
+    with write_artifact(tmp_path / "corpus", "corpus", config={"source": "synthetic"}) as corpus:
+        (corpus.path / "counts.json").write_text("{}")
+    compare_branches(
+        str(tmp_path / "corpus"), tiny_split, [QKV, ALL], tiny_base, {}, str(tmp_path / "store"), str(tmp_path / "out")
+    )
     summary = summary_of(tmp_path / "out")
     assert list(summary["variants"]) == [ALL]
     assert [f["variant"] for f in summary["failures"]] == [QKV]

@@ -26,3 +26,10 @@ def test_an_archive_may_be_tested_whose_categories_are_ingested(tiny_base, tmp_p
     tested = {"evaluate": {"categories": ["cs", "hep-th"]}}
     args = ("synthetic:60", ["hep-th/lora-all"], tiny_base, tested, 1, place, place)
     assert preflight(*args, categories=["cs.LG", "hep-th"]).variants == ["hep-th/lora-all"]
+
+
+def test_several_seeds_are_trainings_of_their_own_and_the_first_keeps_the_variants_name(tiny_base, tmp_path):
+    place = str(tmp_path / "store")
+    recipe = {"train": {"seeds": 3, "seed": 5}}
+    pinned = preflight("synthetic:60", ["hep-th/lora-qkv"], tiny_base, recipe, 1, place, place)
+    assert pinned.variants == ["hep-th/lora-qkv", "hep-th/lora-qkv/seed6", "hep-th/lora-qkv/seed7"]

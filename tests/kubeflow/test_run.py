@@ -169,6 +169,21 @@ def test_bad_input_costs_neither_torch_nor_a_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
+def test_several_seeds_are_trained_scored_and_compared_as_one_variant(
+    papers: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    two = {**RECIPE, "train": {**RECIPE["train"], "epochs": 1, "seeds": 2}}
+    folder = local.run(f"kaggle:{papers}", [GOOD], tmp_path, base=str(tiny_base), recipe=two)
+    summary = _summary(tmp_path)
+    assert list(summary["variants"]) == [GOOD]
+    assert list(summary["seeds"]["variants"][GOOD]["seeds"]) == ["0", "1"]
+    assert f"{GOOD}/seed1: to do" in (folder / "run.log").read_text()
+    assert "Between seeds" in (folder / "report.html").read_text()
+    cards = list((tmp_path / "registry" / "cards").rglob("evaluation.json"))
+    assert len(cards) == 1
+    assert json.loads(cards[0].read_text())["summary"]["seed"] == summary["variants"][GOOD]["seed"]
+
+
 def test_bad_input_is_refused_before_anything_starts(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean hep-th/lora-qkv"):
         local.run("synthetic:300", ["hep-th/lora-qvk"], tmp_path, base=str(tiny_base))

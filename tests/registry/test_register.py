@@ -96,7 +96,10 @@ def test_a_title_does_not_change_hands_on_a_gain_in_another_precision(tmp_path):
     assert "the champion was measured otherwise, in precision (bf16, not fp32)" in kept.variants[ALL].reasons[0]
     # The older one is measured again, as the newer: now they compare.
     both = make_comparison(tmp_path / "both", old[1] | made, {QKV: GOOD, ALL: BETTER}, conditions=bf16)
-    assert register(both, old[1] | made, uri).champion_version == kept.variants[ALL].version
+    again = register(both, old[1] | made, uri)
+    assert again.variants[ALL].reasons == ["3 below the champion's perplexity (abstract_mean)"]
+    next_one = register(*later(tmp_path, {GR: (-2.5, -3.0, -2.0)}, 3, conditions=bf16), uri)
+    assert next_one.champion == GR
 
 
 def test_what_a_person_rolled_back_stays_so(tmp_path):
