@@ -147,7 +147,7 @@ def test_a_comparison_of_seeds_has_one_row_a_variant_and_says_what_they_allow(th
     page = (out / "report.html").read_text()
     assert "Between seeds" in page
     assert "trained with one seed" not in page
-    first = page.split('aria-label="Verdict">')[1].split("</p>")[0]
+    first = page.split('aria-label="Conclusion">')[1].split("</p>")[0]
     assert "3 seeds" in first
     assert "## Seeds" in (out / "table.md").read_text()
 
