@@ -4,16 +4,22 @@ A recipe is a YAML file, inline JSON or the name of a file in recipes/, and sing
 merged over the default of its run, so that it needs only what differs.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from feyntune.errors import UserError
+
+if TYPE_CHECKING:
+    from feyntune.evaluation.config import EvaluateConfig
+    from feyntune.training.config import TrainConfig
 
 FOLDER = Path(__file__).with_name("recipes")
 TINY_PARAMETERS = 10_000_000
@@ -34,11 +40,11 @@ def read_recipe(source: str | None = None, changes: Sequence[str] = (), default:
     if source:
         name = "--recipe" if source.lstrip().startswith("{") else source
         given = _parse(source, name) if name == "--recipe" else _file(_path(source))
-        _check(given, name)
+        check_recipe(given, name)
         recipe = merge(recipe, given)
     for change in changes:
         recipe = merge(recipe, _change(change))
-    train, evaluate = _check(recipe, "recipe" if not changes else "--set")
+    train, evaluate = check_recipe(recipe, "--set" if changes else "recipe")
     differing = {
         "train": _difference(train.model_dump(mode="json"), type(train)().model_dump(mode="json")),
         "evaluate": _difference(evaluate.model_dump(mode="json"), type(evaluate)().model_dump(mode="json")),
@@ -121,8 +127,18 @@ def _change(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def _check(recipe: dict[str, Any], name: str) -> tuple[BaseModel, BaseModel]:
-    """Both parts validated; errors name the file and the setting."""
+def check_recipe(
+    recipe: dict[str, Any], name: str = "recipe", devices: int | None = None
+) -> tuple[TrainConfig, EvaluateConfig]:
+    """Both sections as their models.
+
+    Args:
+        name: where the recipe comes from, for error messages.
+        devices: a run's own parameter, which replaces `train.devices`.
+
+    Raises:
+        UserError: an unknown section or setting, or an invalid value.
+    """
     from feyntune.evaluation.config import EvaluateConfig
     from feyntune.training.config import TrainConfig, parse_config
 
@@ -136,7 +152,7 @@ def _check(recipe: dict[str, Any], name: str) -> tuple[BaseModel, BaseModel]:
         if not isinstance(part, dict) or not all(isinstance(setting, str) for setting in part):
             raise UserError(f"{name}: {key} must hold settings, such as {key}.precision.")
     try:
-        train = parse_config(recipe.get("train", {}))
+        train = parse_config(recipe.get("train", {}) | ({"devices": devices} if devices is not None else {}))
     except UserError as e:
         raise UserError(str(e).replace("Recipe:", f"{name}:", 1)) from e
     try:
@@ -146,16 +162,18 @@ def _check(recipe: dict[str, Any], name: str) -> tuple[BaseModel, BaseModel]:
         where = [str(part) for part in first["loc"]]
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where[-1], _names(EvaluateConfig), n=1)
-            reason = f"there is no such setting, did you mean {near[0]}?" if near else "there is no such setting"
+            paths = {path.rpartition(".")[2]: path for path in _names(EvaluateConfig)}
+            near = difflib.get_close_matches(where[-1], paths, n=1)
+            reason = "there is no such setting" + (f", perhaps evaluate.{paths[near[0]]}" if near else "")
         raise UserError(f"{name}: evaluate.{'.'.join(where)}: {reason.rstrip('.')}.") from e
 
 
-def _names(model: Any) -> Iterator[str]:
+def _names(model: Any, prefix: str = "") -> Iterator[str]:
+    """Paths of all settings, such as completions.papers."""
     for name, field in model.model_fields.items():
-        yield name
+        yield f"{prefix}{name}"
         if isinstance(field.default, BaseModel):
-            yield from _names(type(field.default))
+            yield from _names(type(field.default), f"{prefix}{name}.")
 
 
 def _difference(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_completions_can_be_switched_off() -> None:
         ('{"train": {"epoch": 2}}', [], "train.epoch: .*epochs"),
         ('{"train": {"rank": 2}}', [], "train.rank: .*lora_rank"),
         ('{"train": {"epochs": 0}}', [], "train.epochs: .*greater than"),
-        ('{"evaluate": {"precison": "fp32"}}', [], "evaluate.precison: .*did you mean precision"),
+        ('{"evaluate": {"precison": "fp32"}}', [], "evaluate.precison: .*perhaps evaluate.precision"),
         ('{"evaluate": {"completions": {"paper": 1}}}', [], "evaluate.completions.paper: .*papers"),
         ("{train: [", [], "not YAML"),
         ('{"train": 3}', [], "train must hold settings"),

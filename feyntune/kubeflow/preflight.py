@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from feyntune.artifacts.artifact import read_manifest
 from feyntune.artifacts.cache import DATA_VERSION, is_finished
 from feyntune.artifacts.names import expand
@@ -19,6 +17,7 @@ from feyntune.errors import UserError, VariantsFailed
 from feyntune.keys import variant_keys
 from feyntune.model.base import pin_base
 from feyntune.names import seed_names
+from feyntune.recipe import check_recipe
 from feyntune.telemetry import log, setup
 from feyntune.training.config import parse_config
 from feyntune.variants import select_variants
@@ -88,14 +87,14 @@ def check_input(
             f"devices is {devices}, but a training pod of this pipeline has {gpus} GPU{'s' if gpus > 1 else ''}: lower "
             "devices, or upload the pipelines with another `gpus` in their settings (chart: kubeflow.devices)."
         )
-    scored = check_recipe(recipe, devices)
+    _, evaluate = check_recipe(recipe, devices=devices)
     for name, day in (days or {}).items():
         parse_day(name, day or None)
     ingested = CategoryFilter(categories)
-    for category in scored:
+    for category in evaluate.categories:
         if not ingested.accepts(category) and not any(c.startswith(f"{category}.") for c in ingested.names or ()):
             raise UserError(
-                f"recipe.evaluate.categories: {category} is not among what is ingested "
+                f"recipe: evaluate.categories: {category} is not among what is ingested "
                 f"(categories: {', '.join(sorted(ingested.names or ()))})."
             )
     source_fingerprint(source)
@@ -104,25 +103,6 @@ def check_input(
 
         serving_of_run(serving, base, registry)
     return names
-
-
-def check_recipe(recipe: dict[str, Any], devices: int) -> list[str]:
-    """The archives whose test abstracts `recipe` scores.
-
-    Raises:
-        UserError: an unknown setting, or a value that it cannot have.
-    """
-    from feyntune.evaluation.config import EvaluateConfig
-
-    unknown = set(recipe) - {"train", "evaluate"}
-    if unknown:
-        raise UserError(f"recipe has {', '.join(sorted(unknown))}; it has two parts, train and evaluate.")
-    parse_config({**recipe.get("train", {}), "devices": devices})
-    try:
-        return EvaluateConfig.model_validate(recipe.get("evaluate", {})).categories
-    except ValidationError as e:
-        first = e.errors()[0]
-        raise UserError(f"recipe.evaluate.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
 
 
 def refuse_null(value: Any, name: str) -> None:

@@ -20,7 +20,8 @@ import yaml
 from feyntune.constants import VERSION
 from feyntune.errors import UserError
 from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, check_type, read_settings
-from feyntune.kubeflow.preflight import check_recipe, refuse_null
+from feyntune.kubeflow.preflight import refuse_null
+from feyntune.recipe import check_recipe
 from feyntune.telemetry import log
 from feyntune.variants import select_variants
 
@@ -163,7 +164,7 @@ def check_arguments(pipeline: str, spec: dict[str, Any], arguments: dict[str, An
         check_type(name, value, parameters[name]["parameterType"])
     given = {name: arguments.get(name, p.get("defaultValue")) for name, p in parameters.items()}
     select_variants(given["variants"] if "variants" in given else [given["variant"]])
-    check_recipe(given["recipe"], int(given["devices"]))
+    check_recipe(given["recipe"], devices=int(given["devices"]))
 
 
 def _run_name(pipeline: str, arguments: dict[str, Any]) -> str:

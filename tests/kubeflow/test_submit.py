@@ -116,7 +116,7 @@ def test_the_page_of_a_run_is_an_address_only_where_the_host_is_the_ui() -> None
         ("suite", {"variants": ["nope/x"]}, "There is no variant 'nope/x'"),
         ("suite", {"devices": "three"}, "devices is 'three', but the pipeline takes NUMBER_INTEGER"),
         ("suite", {"recipe": {"train": {"epochz": 1}}}, "epochz"),
-        ("suite", {"recipe": {"evaluate": {"papers": "x"}}}, "recipe.evaluate"),
+        ("suite", {"recipe": {"evaluate": {"papers": "x"}}}, "recipe: evaluate"),
     ],
 )
 def test_arguments_that_a_run_cannot_take_are_refused_before_the_host_is_asked(pipeline, arguments, message) -> None:
