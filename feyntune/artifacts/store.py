@@ -204,8 +204,13 @@ def stored_manifest(store: Store, name: str) -> Manifest | None:
     return parse_manifest(raw, f"{store.uri}/{name}/{MANIFEST}")
 
 
-def pull(store: Store, name: str, folder: str | Path, kind: str | None = None) -> Manifest:
+def pull(
+    store: Store, name: str, folder: str | Path, kind: str | None = None, only: Callable[[str], bool] | None = None
+) -> Manifest:
     """Copy the folder sealed under `name` to `folder` and check every file on arrival.
+
+    Args:
+        only: which files; the folder is then no artifact, and has no manifest.
 
     Raises:
         ArtifactError: nothing is sealed there, it is of another kind, or a file arrived damaged (named).
@@ -218,13 +223,16 @@ def pull(store: Store, name: str, folder: str | Path, kind: str | None = None) -
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for file, expected in manifest.files.items():
+            if only is not None and not only(file):
+                continue
             path = tmp / checked_name(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(f"{name}/{file}", path)
             if path.stat().st_size != expected.size or sha256_file(path) != expected.sha256:
                 raise ArtifactError(f"{store.uri}/{name}/{file} does not match its manifest (sha256): it is damaged.")
-        (tmp / MANIFEST).write_bytes(store.get(f"{name}/{MANIFEST}"))
-        open_artifact(tmp, kind)
+        if only is None:
+            (tmp / MANIFEST).write_bytes(store.get(f"{name}/{MANIFEST}"))
+            open_artifact(tmp, kind)
         tmp.chmod(0o755)
         os.replace(tmp, folder)
     finally:

@@ -92,13 +92,16 @@ def submit(
 def push_base(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model: config, tokenizer, safetensors.")],
     address: Annotated[str, typer.Argument(help="Where to put it: s3://BUCKET/FOLDER.")],
+    precision: Annotated[
+        Literal["nf4"] | None, typer.Option(help="nf4: also a quantized copy, which steps in NF4 load directly.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Copy a base model into the store, so that every step and endpoint can read it from there."""
     from feyntune.model.base import push_base
 
     setup_logging(quiet=as_json)
-    pinned = push_base(folder, address)
+    pinned = push_base(folder, address, precision)
     print_result({"base": pinned}, as_json, pinned)
 
 

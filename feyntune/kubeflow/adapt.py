@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from feyntune.constants import HUB_SECRET, S3_SECRET
 from feyntune.errors import UserError
 
+CACHE = "/var/cache/feyntune"
 COMPILED = Path(__file__).parents[1] / "compiled"  # suite.yaml and variant.yaml, written by pipelines/compile.py
 
 
@@ -33,6 +34,7 @@ class Settings(BaseModel):
         fixedIds: false leaves out the user and group that steps run as; OpenShift chooses them.
         cpuNodeSelector: of the steps that ask for no GPUs.
         pipelineRoot: where runs keep their artifacts.
+        cacheClaim: a PersistentVolumeClaim for base models, which training and evaluation mount at CACHE.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -54,6 +56,7 @@ class Settings(BaseModel):
     fixedIds: bool = True
     cpuNodeSelector: dict[str, str] = {}
     pipelineRoot: str = ""
+    cacheClaim: str = ""
 
 
 def read_settings(path: str | Path) -> Settings:
@@ -83,14 +86,19 @@ def adapt(text: str, settings: Settings) -> str:
         container, step = executor["container"], steps.setdefault(name, {})
         container["image"] = _image(container["image"], settings)
         gpus = "accelerator" in container.get("resources", {})
+        env = dict(settings.env)
+        if gpus and settings.cacheClaim:
+            mount = {"constant": settings.cacheClaim, "mountPath": CACHE}
+            step["pvcMount"] = [{**mount, "pvcNameParameter": {"runtimeValue": {"constant": settings.cacheClaim}}}]
+            env["FEYNTUNE_CACHE"] = CACHE
         if gpus and settings.gpus == 0:
             _without_gpus(container["resources"], step)
             gpus = False
         _fit_cluster(step, settings, gpus)
-        if settings.env:
+        if env:
             container["env"] = [
-                *[e for e in container.get("env", []) if e["name"] not in settings.env],
-                *[{"name": k, "value": v} for k, v in settings.env.items()],
+                *[e for e in container.get("env", []) if e["name"] not in env],
+                *[{"name": k, "value": v} for k, v in env.items()],
             ]
         if settings.pullSecrets:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]

@@ -12,11 +12,21 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from feyntune.artifacts.artifact import MANIFEST, is_artifact, read_manifest, sha256_file, sha256_json, write_artifact
+from feyntune.artifacts.artifact import (
+    MANIFEST,
+    Manifest,
+    is_artifact,
+    read_manifest,
+    sha256_file,
+    sha256_json,
+    write_artifact,
+)
 from feyntune.artifacts.store import Store, open_store, pull, push, stored_manifest
 from feyntune.errors import UserError
+from feyntune.telemetry import log
 
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
+QUANTIZED = "-nf4"  # a quantized copy lies beside its original, under the original's name with this ending
 
 
 def split_pin(base: str) -> tuple[str, str | None]:
@@ -59,8 +69,12 @@ def folder_digest(folder: str | Path) -> str:
     return _folder_digest(tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in names), str(folder))
 
 
-def push_base(folder: str | Path, address: str) -> str:
+def push_base(folder: str | Path, address: str, precision: str | None = None) -> str:
     """Copy the model in `folder` to `address` (s3://BUCKET/FOLDER) as an artifact; returns ADDRESS@DIGEST.
+
+    Args:
+        precision: "nf4" puts a quantized copy beside it (ADDRESS-nf4), whose manifest names the original's digest.
+            Steps that compute in NF4 then load the copy; base and pin stay the original's.
 
     Raises:
         UserError: no model is in `folder`, `address` is no address in a store, or the store refuses.
@@ -77,7 +91,25 @@ def push_base(folder: str | Path, address: str) -> str:
                 for file in _model_files(folder):
                     (writer.path / file.name).symlink_to(file.resolve())
             folder = Path(scratch) / "base"
-        return f"{address}@{push(store, folder, name).digest}"
+        digest = push(store, folder, name).digest
+        if precision == "nf4" and _quantized_copy(address, digest) is None:
+            from feyntune.model.quantize import quantize_base  # loads torch
+
+            copy = Path(scratch) / "quantized"
+            quantize_base(folder, copy, digest)
+            push(store, copy, name + QUANTIZED)
+        return f"{address}@{digest}"
+
+
+def _quantized_copy(location: str, source: str) -> Manifest | None:
+    """The manifest of the copy of the model `source` beside `location`; None where there is no such copy."""
+    manifest = stored_manifest(*_stored(location + QUANTIZED))
+    if manifest is None:
+        return None
+    if manifest.inputs.get("source") != source:
+        log.warning("%s is a copy of another model than %s@%s: not used", location + QUANTIZED, location, source[:16])
+        return None
+    return manifest
 
 
 def _stored(location: str) -> tuple[Store, str]:
@@ -95,28 +127,87 @@ def _folder_digest(stamp: tuple[tuple[str, int, int], ...], folder: str) -> str:
     return sha256_json({name: sha256_file(Path(folder) / name) for name, _, _ in stamp})
 
 
-def fetch_base(base: str) -> str:
-    """A local folder with the base model, downloaded into the cache first where it lies elsewhere."""
+def fetch_base(base: str, precision: str | None = None) -> str:
+    """A local folder with the base model, downloaded into the cache first where it lies elsewhere.
+
+    FEYNTUNE_CACHE names the cache's folder: a volume that the pods of a node share, or one of the temporary folder.
+
+    Args:
+        precision: with "nf4" a quantized copy beside a stored base is taken in its place (see `push_base`).
+    """
     location, digest = split_pin(base)
     if Path(location).is_dir():
         return location
     if location.startswith("s3://"):
-        cache = Path(os.environ.get("FEYNTUNE_CACHE", Path(tempfile.gettempdir()) / "feyntune-cache"))
-        folder = cache / hashlib.sha256(base.encode()).hexdigest()[:16]
-        cache.mkdir(parents=True, exist_ok=True)
+        if precision == "nf4":
+            copy = _fetch_quantized(location, digest or split_pin(pin_base(location))[1] or "")
+            if copy is not None:
+                return copy
+        folder = _cache_folder(base)
         with FileLock(folder.with_suffix(".lock")):  # the processes of a training all come here at once
             if not (folder / MANIFEST).is_file():
+                log.info("copying the base model %s into %s", location, folder.parent)
                 pull(*_stored(location), folder)
             if digest is not None and read_manifest(folder).digest != digest:
                 raise UserError(
                     f"The cached copy {folder} of {location} is not the model pinned as {digest[:16]}: remove it."
                 )
         return str(folder)
+    return _hub_files(location, digest, _MODEL_FILES)
+
+
+def fetch_tokenizer(base: str) -> str:
+    """A local folder with everything of the base model but its weights."""
+    location, digest = split_pin(base)
+    if location.startswith("s3://"):
+        folder = _cache_folder(f"{base} tokenizer")
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                pull(*_stored(location), folder, only=lambda file: not file.endswith(".safetensors"))
+        return str(folder)
+    if not Path(location).is_dir() and _looks_like_hub_id(location):
+        return _hub_files(location, digest, tuple(end for end in _MODEL_FILES if end != ".safetensors"))
+    return fetch_base(base)
+
+
+def _fetch_quantized(location: str, source: str) -> str | None:
+    folder = _cache_folder(f"{location}{QUANTIZED} of {source}")
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / MANIFEST).is_file():
+            if _quantized_copy(location, source) is None:
+                return None
+            log.info("copying the quantized base model %s into %s", location + QUANTIZED, folder.parent)
+            pull(*_stored(location + QUANTIZED), folder)
+    return str(folder)
+
+
+def _cache_folder(key: str) -> Path:
+    return _cache() / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _cache() -> Path:
+    default = Path(tempfile.gettempdir()) / "feyntune-cache"
+    cache = Path(os.environ.get("FEYNTUNE_CACHE") or default)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        log.warning("the cache %s cannot be written: base models are copied to %s", cache, default)
+        default.mkdir(parents=True, exist_ok=True)
+        return default
+    return cache
+
+
+def _hub_files(location: str, revision: str | None, endings: tuple[str, ...]) -> str:
     if _looks_like_hub_id(location):
         from huggingface_hub import snapshot_download
 
+        cache = _cache() / "hub" if os.environ.get("FEYNTUNE_CACHE") else None
+        patterns = [f"*{end}" for end in endings]
         try:
-            return snapshot_download(location, revision=digest, allow_patterns=[f"*{end}" for end in _MODEL_FILES])
+            return snapshot_download(location, revision=revision, allow_patterns=patterns, cache_dir=cache)
         except Exception as e:  # the hub's client lets those of its HTTP library through
             raise UserError(
                 f"Base model {location} cannot be downloaded ({type(e).__name__}): check the name, the network and, "

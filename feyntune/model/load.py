@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from feyntune.errors import UserError
-from feyntune.model.base import fetch_base
+from feyntune.model.base import fetch_base, fetch_tokenizer
 from feyntune.model.packed import ATTENTION
 from feyntune.telemetry import progress
 
@@ -39,7 +39,7 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it has no BOS or EOS token.
     """
-    folder = fetch_base(base)
+    folder = fetch_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
@@ -93,20 +93,20 @@ def load_base(
     Raises:
         UserError: the model is not there, is not causal, or does not fit its tokenizer.
     """
-    folder = fetch_base(base)
+    folder = fetch_base(base, precision)
     device = torch.device(device)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     options: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": compute}[precision]}
-    if precision == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with _loading_shown(precision):
+        quantized = getattr(config, "quantization_config", None)
+        if quantized is not None and precision != "nf4":
+            raise UserError(f"Base model {base} is quantized: set precision to nf4, or name the original.")
+        if quantized is not None:
+            config.quantization_config = nf4(compute).to_dict()  # the copy was written on a CPU
+        elif precision == "nf4":
+            options["quantization_config"] = nf4(compute)
+        with loading_shown(precision):
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -118,6 +118,8 @@ def load_base(
             )
     except (OSError, ValueError) as e:
         raise UserError(f"Base model {base} cannot be loaded as a causal model: {str(e).splitlines()[0]}") from e
+    if quantized is not None:
+        _compute_in(model, compute)
     if device.type == "cpu":
         _keep_gradients_on_cpu(model)
     for parameter in model.parameters():
@@ -126,8 +128,28 @@ def load_base(
     return model
 
 
+def _compute_in(model: torch.nn.Module, compute: torch.dtype) -> None:
+    """Make a loaded quantized copy what quantizing on load gives: it keeps the precision that it was saved in."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.dtype = compute  # of dequantized weights
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute)
+
+
+def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization; products in `compute`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
 @contextmanager
-def _loading_shown(precision: str) -> Iterator[None]:
+def loading_shown(precision: str) -> Iterator[None]:
     """Our progress in place of the library's bar: an 8B model takes minutes to load, to quantize on a CPU 20."""
 
     def show(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "kueue": {"enabled": True},
         "pushgateway": {"enabled": True},
         "monitoring": {"labels": {"release": "prometheus"}},
+        "baseCache": {"enabled": True, "storageClass": "shared"},
         "serving": {"keysSecret": "keys", "replicas": 3, "canaryShare": 0.1},
         "networkPolicy": {"servingFrom": [{"namespaceSelector": {"matchLabels": {"team": "physics"}}}]},
     },

@@ -60,6 +60,21 @@ def _shape(value: Any) -> str:
     return json.dumps(shape(value))
 
 
+def test_a_volume_for_bases_is_made_where_runs_happen_and_named_to_the_steps(rendered):
+    objects = rendered["with everything"]
+    claim = named(objects, "PersistentVolumeClaim", "feyntune-bases")
+    assert claim["metadata"]["namespace"] == "kubeflow"
+    assert claim["spec"]["storageClassName"] == "shared"
+    settings = yaml.safe_load(named(objects, "ConfigMap", "feyntune-pipelines")["data"]["settings.yaml"])
+    assert settings["cacheClaim"] == "feyntune-bases"
+    own = render({"baseCache": {"enabled": True, "existingClaim": "mine"}})
+    assert not [o for o in own if o["metadata"]["name"] == "feyntune-bases"]
+    assert "cacheClaim: mine" in named(own, "ConfigMap", "feyntune-pipelines")["data"]["settings.yaml"]
+    assert (
+        "cacheClaim" not in named(rendered["as it comes"], "ConfigMap", "feyntune-pipelines")["data"]["settings.yaml"]
+    )
+
+
 @every_case
 def test_no_two_objects_have_one_name(rendered, case):
     names = [(o["kind"], o["metadata"].get("namespace", "feyntune"), o["metadata"]["name"]) for o in rendered[case]]

@@ -40,6 +40,26 @@ def test_pool_and_queue_reach_the_steps_with_gpus_and_no_others():
         assert (queue == "q") == (name in with_gpus)
 
 
+@pytest.mark.parametrize("gpus", [None, 0])
+def test_a_volume_for_bases_is_mounted_by_the_steps_that_load_one(gpus):
+    from google.protobuf import json_format
+    from kfp.kubernetes import kubernetes_executor_config_pb2 as pb
+
+    made, steps = executors(adapt(SUITE, Settings(cacheClaim="bases", gpus=gpus, env={"A": "b"})))
+    mounted = {name for name, step in steps.items() if "pvcMount" in step}
+    assert mounted == {"exec-train", "exec-evaluate", "exec-evaluate-base"}
+    for name, executor in made.items():
+        env = {e["name"]: e["value"] for e in executor["container"]["env"]}
+        assert env["A"] == "b"
+        assert env.get("FEYNTUNE_CACHE") == ("/var/cache/feyntune" if name in mounted else None)
+    config = json_format.ParseDict(steps["exec-train"], pb.KubernetesExecutorConfig())
+    (mount,) = config.pvc_mount
+    assert (mount.pvc_name_parameter.runtime_value.constant.string_value, mount.mount_path) == (
+        "bases",
+        "/var/cache/feyntune",
+    )
+
+
 def test_defaults_variables_and_logins_are_those_of_the_settings():
     settings = Settings(
         defaults={"store": "s3://mine", "nobody": "x"}, env={"HOME": "/h", "A": "b"}, pullSecrets=["login"]

@@ -184,3 +184,15 @@ def test_nf4_still_learns_after_an_evaluation(tiny_base):
     assert lowest
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lowest)
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+
+
+def test_a_quantized_copy_of_the_base_trains_the_same_adapter(job, tiny_base, s3, tmp_path, monkeypatch):
+    from feyntune.model.base import push_base
+
+    monkeypatch.setenv("FEYNTUNE_CACHE", str(tmp_path / "cache"))
+    pinned = push_base(tiny_base, f"{s3}/bases/llama", "nf4")
+    first = train(**job(out="original", precision="nf4", max_steps=3))
+    second = train(**{**job(out="copy", precision="nf4", max_steps=3), "base": pinned})
+    for file in ("curve.json", "adapter_model.safetensors"):
+        assert first.files[file] == second.files[file]
+    assert first.inputs == second.inputs
