@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from feyntune.artifacts.artifact import MANIFEST, sha256_json, write_artifact
-from feyntune.artifacts.store import Store, pull, push
+from feyntune.artifacts.store import Store, StoreError, pull, push
 from feyntune.errors import Interrupted, UserError
 from feyntune.names import slug
 from feyntune.telemetry import log
@@ -104,15 +104,16 @@ def capture_failure(
 
     A failed task stops the whole pipeline, and the other variants would lose their results. So a variant's failure
     travels as data: `compare` reports it, and the last step fails the run by name. Invalid input (UserError) is
-    captured at once, since another try would end the same way. Any other error fails the task, so that the cluster
-    retries it, until `last_attempt`. An interruption is never captured.
+    captured at once, since another try would end the same way. Any other error, a store's too, fails the task, so
+    that the cluster retries it, until `last_attempt`. An interruption is never captured.
     """
     try:
         yield
     except Interrupted:
         raise
     except Exception as e:
-        if not isinstance(e, UserError) and not last_attempt:
+        invalid = isinstance(e, UserError) and not isinstance(e, StoreError)
+        if not invalid and not last_attempt:
             raise
         message = str(e) or type(e).__name__
         log.error("%s of %s failed: %s", step, variant, message)

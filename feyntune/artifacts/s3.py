@@ -35,6 +35,7 @@ _HINTS = {
 _PAGE = "a web page answers, not S3 (a console, a login page or a proxy): set S3_ENDPOINT to the port of the S3 API"
 
 
+CONNECT_SECONDS, READ_SECONDS = 10, 60  # how long one try of a request waits
 _CONFLICTS = 20  # tries of a conditional PUT that meets another one under way
 
 
@@ -61,7 +62,7 @@ def s3_client(settings: S3Settings, tries: int = 6) -> Minio:
         settings.url,
         settings.ca_bundle,
         maxsize=16,
-        timeout=urllib3.Timeout(connect=10, read=60),
+        timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
         retries=_Retry(
             total=tries,
             redirect=False,  # to a login page, for one

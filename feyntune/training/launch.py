@@ -63,6 +63,7 @@ def launch(
     Raises:
         Interrupted: SIGTERM or SIGINT came and the state is saved; the same call resumes.
         UserError: the input cannot be trained on. Another try would end the same way.
+        StoreError: the store does not answer or refuses.
         TrainingFailed: a fault, with the failed process's traceback.
     """
     settings = parse_config(config)
@@ -80,7 +81,7 @@ def launch(
     with _stop_requests() as stop_requests:
         try:
             _run(job, settings, variant, stop_requests)
-        except TrainingFailed as e:
+        except (TrainingFailed, StoreError) as e:
             newest = _newest_checkpoint(checkpoints)
             if newest <= before or stop_requests:
                 raise
@@ -219,6 +220,9 @@ def _wait(processes: Sequence[forkserver.Process], stop_requests: list[int], pat
     return codes
 
 
+_ERRORS = {"interrupted": Interrupted, "input": UserError, "store": StoreError, "fault": TrainingFailed}
+
+
 def _failure(folder: Path, codes: dict[int, int], stop_requested: bool, variant: str) -> Exception:
     """The error that processes which ended with `codes`, in that order, stand for."""
     outcomes = {}
@@ -229,8 +233,7 @@ def _failure(folder: Path, codes: dict[int, int], stop_requested: bool, variant:
         # Rank 0 is the one that saves; of faults the earliest is the cause of the others.
         interrupted = [rank for rank, o in outcomes.items() if o["kind"] == "interrupted"]
         first = min(interrupted) if interrupted else min(outcomes, key=lambda rank: outcomes[rank]["time"])
-        kind = {"interrupted": Interrupted, "input": UserError, "fault": TrainingFailed}[outcomes[first]["kind"]]
-        return kind(outcomes[first]["message"])
+        return _ERRORS[outcomes[first]["kind"]](outcomes[first]["message"])
     if stop_requested:
         return Interrupted(f"Training of {variant} was stopped before it could save; start it again to resume.")
     rank, code = next(iter((killed or {r: c for r, c in codes.items() if c}).items()))
@@ -259,6 +262,8 @@ def work(path: Path) -> int:
         if rank == 0:
             log.info("%s", e)
         kind, message, code = "interrupted", str(e), EXIT_INTERRUPTED
+    except StoreError as e:  # a UserError, but another try may find the store well
+        kind, message, code = "store", str(e), EXIT_FAULT
     except UserError as e:
         kind, message, code = "input", str(e), EXIT_BAD_INPUT
     except BaseException:

@@ -13,7 +13,7 @@ import pytest
 import feyntune
 from feyntune.artifacts import cache
 from feyntune.artifacts.artifact import read_manifest
-from feyntune.artifacts.store import FolderStore
+from feyntune.artifacts.store import FolderStore, StoreError
 from feyntune.errors import Interrupted, UserError
 from feyntune.keys import last_attempt, variant_keys
 
@@ -120,6 +120,8 @@ def test_invalid_input_is_a_failure_at_once_and_a_fault_only_at_the_last_attempt
     with pytest.raises(RuntimeError, match="NCCL"):
         capture(tmp_path / "b", RuntimeError("NCCL abort"), last=False)
     assert not (tmp_path / "b" / "out").exists()
+    with pytest.raises(StoreError):
+        capture(tmp_path / "s", StoreError("the store does not answer"), last=False)
     store = capture(tmp_path / "c", RuntimeError("NCCL abort"), last=True)
     failure = cache.newest_failure(store, "evaluations/k/v", tmp_path / "newest")
     assert "RuntimeError" in json.loads((failure / "outcome.json").read_text())["traceback"]
