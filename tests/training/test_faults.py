@@ -19,39 +19,7 @@ from feyntune.errors import Interrupted
 from feyntune.training import launch as launching
 from feyntune.training import train as recipe
 from feyntune.training.launch import launch
-from tests.training.processes import curve, wait_until
-
-
-class Forked:
-    """One training process, with what the launcher uses of subprocess.Popen."""
-
-    def __init__(self, job, rank, devices, port):
-        self.code = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(devices)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os._exit(launching.work(job))
-
-    def poll(self):
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-    def wait(self):
-        while self.poll() is None:
-            time.sleep(0.01)
+from tests.training.processes import curve, start_forked, wait_until
 
 
 @pytest.fixture
@@ -60,10 +28,7 @@ def started(monkeypatch):
     starts = []
 
     def start(job, devices):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        starts.append([Forked(job, rank, devices, port) for rank in range(devices)])
+        starts.append(start_forked(job, devices))
         return starts[-1]
 
     monkeypatch.setattr(launching, "_start", start)
