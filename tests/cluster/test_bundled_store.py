@@ -1,6 +1,6 @@
 """The bundled SeaweedFS on a real cluster: data and keys outlive a killed pod, an upgrade, a rollback, an uninstall.
 
-Needs KUBECONFIG, the image feyntune/worker:0.1.0 and the store's image of values.yaml on the nodes, and a default
+Needs KUBECONFIG, the image feyntune/worker:0.2.0 and the store's image of values.yaml on the nodes, and a default
 StorageClass. The tests run in the order they stand in.
 """
 
@@ -158,7 +158,7 @@ def _open_the_volume() -> None:
         return
     spec = {
         "restartPolicy": "Never",
-        "containers": [{"name": "open", "image": "feyntune/worker:0.1.0", "imagePullPolicy": "IfNotPresent",
+        "containers": [{"name": "open", "image": "feyntune/worker:0.2.0", "imagePullPolicy": "IfNotPresent",
                         "securityContext": {"runAsUser": 0}, "command": ["chmod", "0777", "/data"],
                         "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "feyntune-store"}}],

@@ -489,7 +489,7 @@ def test_the_uploaded_version_changes_with_the_settings_and_only_then(rendered):
     def version(objects):
         return next(a for a in pods(objects)["Job feyntune-upload"]["containers"][0]["args"] if "--version" in a)
 
-    assert version(rendered["as it comes"]).startswith("--version=0.1.0-")
+    assert version(rendered["as it comes"]).startswith("--version=0.2.0-")
     assert version(rendered["as it comes"]) == version(render({"serving": {"replicas": 2}}))
     assert version(rendered["as it comes"]) != version(render({"objectStore": {"bucket": "other"}}))
 

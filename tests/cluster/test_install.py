@@ -1,7 +1,7 @@
 """The chart and the images on a real cluster: install, test, run, kill, serve, upgrade, roll back, uninstall.
 
 Needs KUBECONFIG; an S3 server in S3_ENDPOINT, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, which pods reach at
-S3_ENDPOINT_PODS (the same when left out); the images feyntune/{worker,trainer,predictor}:0.1.0 (the trainer built with
+S3_ENDPOINT_PODS (the same when left out); the images feyntune/{worker,trainer,predictor}:0.2.0 (the trainer built with
 TORCH=cpu where nodes have no real GPUs); a node with nvidia.com/gpu: 3, labeled and tainted as manifests/gke says.
 Where FEYNTUNE_POD_HOST names an address of this machine that pods reach, a Kubeflow server of the tests listens there.
 The tests run in the order they stand in; each builds on those before it.
@@ -148,7 +148,7 @@ def test_the_pipelines_stand_in_kubeflow(kubeflow, store, bucket):
     if kubeflow is None:
         pytest.skip("FEYNTUNE_POD_HOST is not set: no Kubeflow server that pods could reach")
     uploaded = {v["display_name"]: v for versions in kubeflow.versions.values() for v in versions}
-    version = next(v for name, v in uploaded.items() if name.startswith("0.1.0-"))
+    version = next(v for name, v in uploaded.items() if name.startswith("0.2.0-"))
     spec = version["pipeline_spec"]["pipeline_spec"]
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert parameters["registry"]["defaultValue"] == f"s3://{bucket}/registry"
@@ -332,7 +332,7 @@ def _traffic() -> Iterator[None]:
                 {
                     "name": "traffic",
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                    "image": "feyntune/worker:0.1.0",
+                    "image": "feyntune/worker:0.2.0",
                     "imagePullPolicy": "IfNotPresent",
                     "command": ["python3", "-c", TRAFFIC],
                     "args": [f"http://feyntune-predictor.{NAMESPACE}.svc/openai/v1/completions"],

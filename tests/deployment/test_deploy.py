@@ -38,7 +38,7 @@ def spec(registry="s3://bucket/registry", **fields):
         "namespace": "physics",
         "base": registry.removesuffix("/registry") + "/bases/llama",
         "registry": registry,
-        "image": "feyntune/predictor:0.1.0",
+        "image": "feyntune/predictor:0.2.0",
         "s3_endpoint": "http://store.example:9000",
         **fields,
     }
@@ -371,7 +371,7 @@ def test_an_image_that_cannot_be_pulled_is_not_deployed(kube, registry, monkeypa
     assert "Rolled back" in str(e.value)
     assert any("Failed to pull image" in line for line in logged), "said while it waits"
     service = kube.objects[("inferenceservices", "abstracts")]
-    assert service["spec"]["predictor"]["containers"][0]["image"] == "feyntune/predictor:0.1.0"
+    assert service["spec"]["predictor"]["containers"][0]["image"] == "feyntune/predictor:0.2.0"
 
 
 def test_deploying_again_replaces_and_waits_for_the_new_generation(kube, registry):
@@ -487,7 +487,7 @@ def test_an_interrupted_deployment_is_rolled_back(kube, registry, monkeypatch):
 # --- the last step of a suite
 
 
-DESCRIPTION = {"namespace": "physics", "image": "feyntune/predictor:0.1.0", "s3_endpoint": "http://store.example:9000"}
+DESCRIPTION = {"namespace": "physics", "image": "feyntune/predictor:0.2.0", "s3_endpoint": "http://store.example:9000"}
 
 
 def test_a_run_deploys_what_it_registered_with_its_own_base(kube, registry, monkeypatch):
