@@ -18,9 +18,9 @@ def steps() -> list[str]:
 
 def readme(step: str) -> str:
     """The README of a step with its generated part renewed."""
-    head, start, rest = (ROOT / "components" / step / "README.md").read_text().partition(START)
+    head, _, rest = (ROOT / "components" / step / "README.md").read_text().partition(START)
     _, end, tail = rest.partition(END)
-    assert start and end, f"components/{step}/README.md has no generated part: write both comments into it"
+    assert end, f"components/{step}/README.md has no generated part: write both comments into it"
     return f"{head}{START}\n{_tables(step)}\n{END}{tail}"
 
 
