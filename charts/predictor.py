@@ -1,7 +1,7 @@
 """Writes feyntune/deployment/predictor.yaml, the chart's InferenceService as `feyntune deploy` applies it.
 
-Two renderings, on CPUs and on GPUs. After a change of templates/serving.yaml: `python charts/predictor.py`; a test
-compares.
+Three renderings: on CPUs, on GPUs, and with vLLM. A test compares: after a change of templates/serving.yaml run
+`python charts/predictor.py`.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import yaml
 
 CHART = Path(__file__).parent / "feyntune"
 OUT = CHART.parents[1] / "feyntune" / "deployment" / "predictor.yaml"
-HEAD = "# Made by charts/predictor.py from charts/feyntune/templates/serving.yaml: on CPUs, then on GPUs. Edit there.\n"
+HEAD = "# Made by charts/predictor.py from charts/feyntune/templates/serving.yaml: on CPUs, on GPUs, with vLLM.\n"
 
 
 def predictor(serving: dict[str, Any], **others: Any) -> dict[str, Any]:
@@ -28,10 +28,10 @@ def predictor(serving: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 def document() -> str:
     """The text of predictor.yaml."""
-    both = [predictor({"gpus": 0}), predictor({"gpus": 1})]
-    for rendered in both:
+    renderings = [predictor({"gpus": 0}), predictor({"gpus": 1}), predictor({"gpus": 1, "engine": "vllm"})]
+    for rendered in renderings:
         del rendered["metadata"]["labels"]  # the release's
-    return HEAD + yaml.safe_dump_all(both, sort_keys=False, width=110)
+    return HEAD + yaml.safe_dump_all(renderings, sort_keys=False, width=110)
 
 
 if __name__ == "__main__":

@@ -88,15 +88,18 @@ def metrics() -> str:
 def http() -> str:
     from fastapi import FastAPI
 
+    from feyntune.serving import openai_api, tokenize_api
     from feyntune.serving.completions import Limits, Server
-    from feyntune.serving.openai_api import router
 
     app = FastAPI()
-    app.include_router(router(Server(Limits(), base_name="base")))
+    for api in (openai_api, tokenize_api):
+        app.include_router(api.router(Server(Limits(), base_name="base")))
     described = app.openapi()
     schemas = described["components"]["schemas"]
     text = "# HTTP API\n\nOpenAI's own reference holds for the paths under `/openai/v1`; what this endpoint cannot "
-    text += "honor it refuses by field. KServe's V1 and V2 are at `/v1/models/NAME:predict` and "
+    text += "honor it refuses by field. The two POST paths also answer under `/v1`. Every answer has an "
+    text += "`X-Request-Id`, the request's own or a new one; an answer that a retry would compute again has "
+    text += "`x-should-retry: false`. KServe's V1 and V2 are at `/v1/models/NAME:predict` and "
     text += "`/v2/models/NAME/infer`, gRPC on its own port, health at `/v2/health/live` and `/v2/health/ready`, the "
     text += "OpenAPI description at `/openapi.json`.\n"
     for path, methods in sorted(described["paths"].items()):

@@ -195,6 +195,7 @@ def store(store_uri):
 UNIT = {
     "artifacts/test_artifact.py",
     "artifacts/test_records.py",
+    "engine/test_fair_queue.py",
     "evaluation/test_overlap.py",
     "evaluation/test_prompts.py",
     "evaluation/test_repetition.py",

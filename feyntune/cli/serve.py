@@ -1,5 +1,6 @@
 """`feyntune serve`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,32 @@ def serve(
     port: Annotated[int, typer.Option(help="HTTP port.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8081,
     precision: Annotated[str, typer.Option(help="Precision of the base in memory: bf16, fp32 or nf4.")] = "fp32",
+    engine: Annotated[str, typer.Option(help="What computes: builtin, or vllm (a vLLM server as a child process).")] = (
+        "builtin"
+    ),
+    vllm_command: Annotated[str, typer.Option(help="What runs vLLM's command line.")] = "vllm",
+    vllm_args: Annotated[
+        str, typer.Option(help='Further options of `vllm serve`, such as "--gpu-memory-utilization=0.8".')
+    ] = "",
     max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 40,
-    max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 16,
+    max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 8,
+    batch_requests: Annotated[int, typer.Option(help="Most requests computed at once.")] = 64,
+    batch_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 512,
+    cache_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of the key-value cache, for all requests together."),
+    ] = 32768,
+    queue: Annotated[int, typer.Option(help="Most requests waiting, of each key; keys are served in turn.")] = 256,
+    queue_seconds: Annotated[float, typer.Option(help="Longest wait in the queue.")] = 120.0,
+    request_seconds: Annotated[float, typer.Option(help="Longest time for one request, waiting included.")] = 300.0,
+    body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 1 << 20,
+    chat_template: Annotated[
+        str | None, typer.Option(help="File with a Jinja chat template, or the template itself.")
+    ] = None,
+    cors_origins: Annotated[
+        str,
+        typer.Option(help="Origins whose pages may call from a browser, separated by commas; * is all."),
+    ] = "",
     canary_share: Annotated[
         float, typer.Option(help="Fraction (0 to 1) of the champion's requests for the newest version in staging.")
     ] = 0.0,
@@ -37,6 +62,8 @@ def serve(
     setup_logging()
     if precision not in ("bf16", "fp32", "nf4"):
         raise UserError(f"--precision {precision}: choose bf16, fp32 or nf4.")
+    if engine not in ("builtin", "vllm"):
+        raise UserError(f"--engine {engine}: choose builtin or vllm.")
     for option, number in (("--port", port), ("--grpc-port", grpc_port)):  # before the imports, which take seconds
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,8 +85,20 @@ def serve(
         port=port,
         grpc_port=grpc_port,
         precision=precision,  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
+        vllm_command=shlex.split(vllm_command),
+        vllm_args=shlex.split(vllm_args),
         max_adapters=max_adapters,
         max_rank=max_rank,
+        batch_requests=batch_requests,
+        batch_tokens=batch_tokens,
+        cache_tokens=cache_tokens,
+        queue=queue,
+        queue_seconds=queue_seconds,
+        request_seconds=request_seconds,
+        body_bytes=body_bytes,
+        chat_template=chat_template,
+        cors_origins=[origin.strip() for origin in cors_origins.split(",") if origin.strip()],
         canary_share=canary_share,
         drain_seconds=drain_seconds,
         linger_seconds=linger_seconds,

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from feyntune.constants import IMAGE_USER
-from feyntune.deployment.spec import ServingSpec
+from feyntune.deployment.spec import LIMITS, ServingSpec
 from feyntune.errors import UserError
 from feyntune.model.base import split_pin
 from feyntune.names import BASE, slug
@@ -95,8 +95,8 @@ def expected_models(spec: ServingSpec, state: State) -> dict[str, str]:
 
 
 def _inference_service(spec: ServingSpec) -> Object:
-    on_cpus, on_gpus = yaml.safe_load_all(files("feyntune.deployment").joinpath("predictor.yaml").read_text())
-    rendered: Object = on_gpus if spec.gpus else on_cpus
+    on_cpus, on_gpus, vllm = yaml.safe_load_all(files("feyntune.deployment").joinpath("predictor.yaml").read_text())
+    rendered: Object = vllm if spec.engine == "vllm" else on_gpus if spec.gpus else on_cpus
     rendered["metadata"] |= _metadata(spec)
     predictor = rendered["spec"]["predictor"]
     predictor |= {
@@ -116,10 +116,16 @@ def _inference_service(spec: ServingSpec) -> Object:
             "registry": spec.registry,
             "host": spec.host,
             "precision": spec.precision,
-            "max-adapters": spec.max_adapters,
-            "max-rank": spec.max_rank,
+            **{name.replace("_", "-"): getattr(spec, name) for name in LIMITS},
         },
     )
+    parallel = [f"--tensor-parallel-size={spec.gpus}"] if spec.engine == "vllm" and spec.gpus > 1 else []
+    optional = {
+        "vllm-args": " ".join([*parallel, *spec.vllm_args]),
+        "chat-template": spec.chat_template,
+        "cors-origins": ",".join(spec.cors_origins),
+    }
+    container["args"] += [f"--{name}={value}" for name, value in optional.items() if value]
     container["args"] += spec.extra_args
     container["securityContext"]["readOnlyRootFilesystem"] = not spec.writable_root
     container["env"] = [_variable(e, spec) for e in container["env"]]

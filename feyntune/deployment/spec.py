@@ -8,6 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from feyntune.constants import HUB_SECRET, S3_SECRET
 from feyntune.errors import UserError
 
+# Settings of `feyntune serve` that the chart, a description and the command know by one name.
+LIMITS = (
+    *("engine", "max_adapters", "max_rank", "batch_requests", "batch_tokens", "cache_tokens"),
+    *("queue", "queue_seconds", "request_seconds", "body_bytes"),
+)
+_PREDICTOR_ONLY = (
+    *("engine", "batch_requests", "batch_tokens", "cache_tokens", "queue", "queue_seconds", "request_seconds"),
+    *("body_bytes", "chat_template", "cors_origins", "vllm_args", "extra_args", "writable_root"),
+)
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 
 
@@ -21,22 +30,42 @@ class ServingSpec(BaseModel):
     kind: Literal["InferenceService", "LLMInferenceService"] = Field(
         "InferenceService",
         description="`InferenceService`: our predictor (CPU or one GPU), which follows the registry. "
-        "`LLMInferenceService`: vLLM with a fixed list of adapters; deploy again after a promotion.",
+        "`LLMInferenceService`: KServe's vLLM with a fixed list of adapters; deploy again after a promotion.",
     )
     base: str = Field(description="`s3://` folder or hub ID (`hf://OWNER/MODEL` for vLLM), optionally `@DIGEST`.")
     registry: str = Field(description="`s3://` address of the registry.")
     image: str | None = Field(None, description="Image of the predictor, or of vLLM (KServe's own when left out).")
-    gpus: int = Field(0, ge=0, le=8, description="GPUs of one replica; the predictor uses at most one.")
+    gpus: int = Field(0, ge=0, le=8, description="GPUs of one replica; the builtin engine uses at most one.")
     replicas: int = Field(1, ge=1, le=64, description="Number of replicas.")
     cpu: str = Field("2", description="CPUs requested by a replica.")
     memory: str = Field("16Gi", description="Memory requested by a replica, and its limit.")
     scratch: str = Field("40Gi", description="Size of /tmp, which holds the base model and the adapters.")
     precision: Literal["bf16", "fp32", "nf4"] = Field("bf16", description="Precision of the predictor's base model.")
-    max_rank: Literal[8, 16, 32, 64, 128] = Field(16, description="Largest LoRA rank.")
+    engine: Literal["builtin", "vllm"] = Field(
+        "builtin",
+        description="What computes in the predictor: `builtin` (CPUs or one GPU) or `vllm` (a vLLM server in the pod).",
+    )
+    max_rank: Literal[8, 16, 32, 64, 128] = Field(8, description="Largest LoRA rank.")
     max_adapters: int = Field(40, ge=1, le=128, description="Adapters in (GPU) memory at once.")
     max_cpu_adapters: int = Field(
-        48, ge=1, description="vLLM only: adapters kept in host memory; at least twice the registry's, see render."
+        48,
+        ge=1,
+        description="LLMInferenceService only: adapters in host memory; at least twice the registry's, see render.",
     )
+    batch_requests: int = Field(64, ge=1, description="Most requests computed at once.")
+    batch_tokens: int = Field(512, ge=1, description="Most tokens in one step.")
+    cache_tokens: int = Field(
+        32768,
+        ge=64,
+        description="Tokens of the key-value cache, for all requests together; with vLLM, of the longest request.",
+    )
+    queue: int = Field(256, ge=1, description="Most requests waiting, of each key; keys are served in turn.")
+    queue_seconds: int = Field(120, ge=1, description="Longest wait in the queue.")
+    request_seconds: int = Field(300, ge=1, description="Longest time for one request, waiting included.")
+    body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body.")
+    chat_template: str = Field("", description="Jinja template of conversations, for a base without one.")
+    cors_origins: list[str] = Field([], description="Origins whose pages may call the endpoint from a browser.")
+    vllm_args: list[str] = Field([], description="Further options of `vllm serve`, with `engine: vllm`.")
     host: Literal["0.0.0.0", "::"] = Field(
         "0.0.0.0", description="Address the predictor listens on; `::` where pods have IPv6 addresses only."
     )
@@ -87,10 +116,15 @@ class ServingSpec(BaseModel):
                 raise ValueError("max_cpu_adapters: must be at least max_adapters")
             if self.keys_secret is not None:
                 raise ValueError("keys_secret: vLLM does not check keys, the gateway in front of it does: leave it out")
-            if self.extra_args or self.writable_root:
-                raise ValueError("extra_args, writable_root: are settings of the predictor: leave them out")
-        elif self.gpus > 1 or self.image is None:
-            raise ValueError("gpus, image: the predictor uses at most one GPU, and its image must be given")
+            given = [n for n in _PREDICTOR_ONLY if getattr(self, n) != type(self).model_fields[n].default]
+            if given:
+                raise ValueError(f"{given[0]}: is a setting of the predictor: leave it out")
+        elif self.image is None:
+            raise ValueError("image: the predictor's must be given")
+        elif self.engine == "vllm" and self.gpus < 1:
+            raise ValueError("gpus: vLLM needs at least one")
+        elif self.engine == "builtin" and (self.gpus > 1 or self.vllm_args):
+            raise ValueError("gpus, vllm_args: the builtin engine uses at most one GPU and no vLLM: set engine: vllm")
         return self
 
 

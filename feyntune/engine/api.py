@@ -1,7 +1,7 @@
 """What the endpoint and the measurements ask of an engine, whichever it is, and the ways an engine says no.
 
-One implementation is here (`batching.py`: transformers' continuous batching). Whoever completes texts knows only
-this file.
+There are two: `batching.py` (transformers' continuous batching, in this process) and `serving.vllm_engine` (a vLLM
+server as a child process). Whoever completes texts knows only this file.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -31,6 +31,10 @@ class EngineDeadError(EngineError):
     """The engine's thread has ended or stands still: only a restart helps."""
 
 
+class EngineUnavailableError(EngineError):
+    """The engine is starting or restarting by itself: ask again in a few seconds."""
+
+
 class NonFiniteError(EngineError):
     """What the model computed for a request is not finite; the other requests are not affected."""
 
@@ -54,16 +58,18 @@ class EngineSettings:
         batch_tokens: most tokens in one step; longer prompts are read over several steps.
         batch_requests: most requests in one step; the others wait.
         cache_tokens: tokens of the key-value cache, shared by all requests of a batch.
-        queue: most requests waiting.
+        queue: most requests waiting, of each owner (of each key, in the endpoint).
+        queue_seconds: longest wait in the queue.
         stall_seconds: an engine with work and no step for so long is reported dead.
     """
 
     max_adapters: int = 40
-    max_rank: int = 16
+    max_rank: int = 8
     batch_tokens: int = 512
     batch_requests: int = 64
     cache_tokens: int = 32768
     queue: int = 256
+    queue_seconds: float = float("inf")
     stall_seconds: float = 120.0
 
 
@@ -128,8 +134,9 @@ class Token:
 class Generation(Protocol):
     """A submitted request: iterate over its tokens as they are made.
 
-    The iteration ends after EOS (which is given) or max_tokens. It raises EngineDeadError when the engine fails,
-    NonFiniteError when the numbers of this request are not finite.
+    The iteration ends after EOS (which is given) or max_tokens. It raises EngineDeadError or EngineUnavailableError
+    when the engine fails, NonFiniteError when the numbers of this request are not finite, and QueueFullError when the
+    request has waited for `queue_seconds`.
     """
 
     def __aiter__(self) -> AsyncIterator[Token]: ...
@@ -156,17 +163,23 @@ class Engine(Protocol):
     def alive(self) -> bool: ...
     def load(self) -> Load: ...
 
+    @property
+    def unavailable(self) -> str | None:
+        """Why it takes no requests just now, though it will; None when it takes them."""
+        ...
+
     def hold(self, adapter: str | None) -> AbstractContextManager[None]:
         """Keep an adapter loaded while the context lasts, also when it is unloaded meanwhile."""
         ...
 
-    def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling) -> Generation:
-        """Queue a request for the adapter loaded as `adapter` (None: the base).
+    def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling, owner: str = "") -> Generation:
+        """Queue a request for the adapter loaded as `adapter` (None: the base). Owners are served in turn.
 
         Raises:
             ContextLengthError: see `max_length`.
-            QueueFullError: the queue is full.
+            QueueFullError: the queue of this owner is full.
             EngineDeadError: see `alive`.
+            EngineUnavailableError: see `unavailable`.
         """
         ...
 
@@ -174,11 +187,11 @@ class Engine(Protocol):
         """Stop a request and free its place; nothing happens to one that has ended."""
         ...
 
-    async def score(self, adapter: str | None, tokens: Sequence[int], top: int) -> list[Token]:
+    async def score(self, adapter: str | None, tokens: Sequence[int], top: int, owner: str = "") -> list[Token]:
         """The log probability of each token after those before it; the first has none.
 
         Raises:
-            QueueFullError, EngineDeadError, NonFiniteError: as `submit` and its generation do.
+            QueueFullError, EngineDeadError, EngineUnavailableError, NonFiniteError: as `submit` and its generation do.
         """
         ...
 

@@ -18,9 +18,8 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +42,8 @@ from feyntune.engine.api import (
     Token,
 )
 from feyntune.engine.attention import NO_CACHE, install_attention
-from feyntune.engine.lora import Weights, install, read_adapter
+from feyntune.engine.fair_queue import FairQueue
+from feyntune.engine.lora import Weights, install, projections, read_adapter
 from feyntune.engine.manager import PAGE, Manager, Running, Slot
 from feyntune.engine.sampling import with_log_probabilities
 from feyntune.model.packed import backbone, head
@@ -56,6 +56,7 @@ class _Scoring:
     """A text whose log probabilities are asked for."""
 
     slot: Slot | None
+    owner: str
     tokens: list[int]
     top: int
     result: "asyncio.Future[list[Token]]"
@@ -77,11 +78,12 @@ class BatchingEngine:
         self.max_length = min(model.config.max_position_embeddings, settings.cache_tokens // PAGE * PAGE)
         self._eos = list(eos)
         install_attention()
+        self._projections = projections(model)
         self._slots, self._layers = install(model, settings.max_adapters, settings.max_rank, model.dtype)
         self._adapters: dict[str, Slot] = {}
         self._requests: dict[str, Running] = {}  # admitted ones; read by the engine's thread
-        self._waiting: deque[Running] = deque()
-        self._scores: deque[_Scoring] = deque()
+        self._waiting: FairQueue[Running] = FairQueue()
+        self._scores: FairQueue[_Scoring] = FairQueue()
         self._scorer: asyncio.Task[None] | None = None
         self._pause_changed = 0.0  # when the loop was last paused or resumed for scores or adapters, monotonic
         self._reserved = 0
@@ -111,6 +113,10 @@ class BatchingEngine:
         since = max(self._manager.last_step, oldest.submitted, self._pause_changed)
         return time.monotonic() - since < self.settings.stall_seconds
 
+    @property
+    def unavailable(self) -> str | None:
+        return None
+
     def load(self) -> Load:
         adapters = sum(not slot.retired for slot in self._adapters.values())
         return Load(len(self._requests), self._queued, adapters, self._manager.steps)
@@ -119,14 +125,18 @@ class BatchingEngine:
     def _queued(self) -> int:
         return len(self._waiting) + len(self._scores)
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, owner: str) -> None:
         if not self.alive():
             raise EngineDeadError("The engine has stopped; the server must be restarted.")
-        if self._queued >= self.settings.queue:
-            wait = self._seconds * self._queued / self.settings.batch_requests
-            raise QueueFullError(f"{self._queued} requests are waiting already: try again later.", max(1, round(wait)))
+        waiting = self._waiting.count(owner) + self._scores.count(owner)
+        if waiting >= self.settings.queue:
+            raise QueueFullError(f"{waiting} requests are waiting already: try again later.", self._retry_after())
 
-    def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling) -> Running:
+    def _retry_after(self) -> int:
+        """Seconds until what waits now has probably ended."""
+        return max(1, round(self._seconds * self._queued / self.settings.batch_requests))
+
+    def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling, owner: str = "") -> Running:
         if not prompt or not all(0 <= t < self.vocabulary for t in prompt) or sampling.max_tokens < 1:
             raise ValueError("a prompt needs at least one token, all in the vocabulary, and one to generate")
         if len(prompt) + sampling.max_tokens > self.max_length:
@@ -134,7 +144,7 @@ class BatchingEngine:
                 f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: together they exceed "
                 f"the model's {self.max_length}. Shorten the prompt or lower max_tokens."
             )
-        self._check_queue()
+        self._check_queue(owner)
         slot = self._acquire_slot(adapter)
         request = Running(
             id=str(next(self._ids)),
@@ -143,10 +153,21 @@ class BatchingEngine:
             sampling=sampling,
             generator=self._generator(sampling),
             submitted=time.monotonic(),
+            owner=owner,
         )
-        self._waiting.append(request)
+        self._waiting.push(owner, request)
         self._admit()
+        if not request.admitted and self.settings.queue_seconds < float("inf"):
+            loop = asyncio.get_running_loop()
+            request.expiry = loop.call_later(self.settings.queue_seconds, self._expire, request)
         return request
+
+    def _expire(self, request: Running) -> None:
+        if request.admitted or request.over:
+            return
+        self._waiting.discard(request.owner, request)
+        message = f"The request waited for {self.settings.queue_seconds:g} s: try again later."
+        self._end(request, QueueFullError(message, self._retry_after()))
 
     def _generator(self, sampling: Sampling) -> torch.Generator | None:
         if sampling.temperature < GREEDY_BELOW:
@@ -155,13 +176,13 @@ class BatchingEngine:
         return torch.Generator(self.model.device).manual_seed(seed)
 
     def _admit(self) -> None:
-        """Hand waiting requests over, oldest first, as long as the batch and the cache have room for them."""
+        """Hand waiting requests over, each owner's oldest in turn, as long as batch and cache have room for them."""
         while self._waiting:
-            request = self._waiting[0]
+            request = self._waiting.peek()
             room = self.settings.cache_tokens // PAGE * PAGE - self._reserved
             if len(self._requests) >= self.settings.batch_requests or request.reserved > room:
                 return
-            self._waiting.popleft()
+            self._waiting.pop()
             self._reserved += request.reserved
             request.admitted = True
             self._requests[request.id] = request
@@ -200,6 +221,8 @@ class BatchingEngine:
 
     def _finish(self, request: Running, error: Exception | None) -> None:
         request.over = True
+        if request.expiry is not None:
+            request.expiry.cancel()
         request.tokens.put_nowait(error)
         if request.admitted:
             self._reserved -= request.reserved
@@ -215,28 +238,30 @@ class BatchingEngine:
         if request.admitted:
             self._manager.cancel_request(request.id)
         else:
-            self._waiting.remove(request)
+            self._waiting.discard(request.owner, request)
         self._end(request, None)
 
-    async def score(self, adapter: str | None, tokens: Sequence[int], top: int) -> list[Token]:
-        self._check_queue()
-        job = _Scoring(self._acquire_slot(adapter), list(tokens), top, asyncio.get_running_loop().create_future())
-        self._scores.append(job)
+    async def score(self, adapter: str | None, tokens: Sequence[int], top: int, owner: str = "") -> list[Token]:
+        self._check_queue(owner)
+        result = asyncio.get_running_loop().create_future()
+        job = _Scoring(self._acquire_slot(adapter), owner, list(tokens), top, result)
+        self._scores.push(owner, job)
         if self._scorer is None or self._scorer.done():
             self._scorer = asyncio.create_task(self._score_queue())
         try:
             return await job.result
         finally:
-            with suppress(ValueError):  # it has begun
-                self._scores.remove(job)
+            self._scores.discard(owner, job)
             self._release_slot(job.slot)
 
     async def _score_queue(self) -> None:
         """Score what waits, so many texts at once as fit a step; the batch makes a step between two groups."""
         while self._scores:
-            group = [self._scores.popleft()]
-            while self._scores and sum(len(j.tokens) for j in [*group, self._scores[0]]) <= self.settings.batch_tokens:
-                group.append(self._scores.popleft())
+            group = [self._scores.pop()]
+            tokens = len(group[0].tokens)
+            while self._scores and tokens + len(self._scores.peek().tokens) <= self.settings.batch_tokens:
+                group.append(self._scores.pop())
+                tokens += len(group[-1].tokens)
             try:
                 results: list[list[Token] | Exception] = await self._run_while_paused(self._score, group)
             except Exception as e:
@@ -319,7 +344,7 @@ class BatchingEngine:
                 self._adapters[key].retired = False
                 return
             rank = self.settings.max_rank
-            weights = await asyncio.to_thread(read_adapter, folder, self._layers, rank)
+            weights = await asyncio.to_thread(read_adapter, folder, self._projections, rank)
             taken = {slot.index for slot in self._adapters.values()}
             index = next((i for i in range(1, self.settings.max_adapters + 1) if i not in taken), None)
             if index is None:

@@ -119,8 +119,17 @@ def install(model: nn.Module, count: int, rank: int, dtype: torch.dtype) -> tupl
     return slots, layers
 
 
-def read_adapter(folder: Path, layers: Mapping[str, MultiLora], max_rank: int) -> Weights:
-    """The weights of a PEFT LoRA folder, checked against the layers they go to; no file but safetensors is read.
+def projections(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The features in and out of every linear layer that an adapter may change; before `install`."""
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in TARGETS and isinstance(module, nn.Linear)
+    }
+
+
+def read_adapter(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: int) -> Weights:
+    """The weights of a PEFT LoRA folder, checked against the base's `projections`; no file but safetensors is read.
 
     Raises:
         InvalidAdapterError: not plain LoRA, unknown layers, wrong shapes, a rank over `max_rank`, or weights that
@@ -166,7 +175,7 @@ def _read_scaling(file: Path) -> float:
 
 
 def _check_shapes(
-    shapes: Mapping[str, Sequence[int]], layers: Mapping[str, MultiLora], max_rank: int
+    shapes: Mapping[str, Sequence[int]], layers: Mapping[str, tuple[int, int]], max_rank: int
 ) -> dict[str, tuple[str, str]]:
     """The names of A and B of each module, checked by the file's header alone."""
     if not shapes:
@@ -185,13 +194,13 @@ def _check_shapes(
         b_name = name.replace(".lora_A.", ".lora_B.")
         if b_name not in shapes:
             raise InvalidAdapterError(f"{b_name} is missing")
-        b, base = shapes[b_name], layers[module].base
+        b, (features_in, features_out) = shapes[b_name], layers[module]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
             raise InvalidAdapterError(f"{name} has shape {list(a)}, its B {list(b)}: they are no LoRA pair")
-        if a[1] != base.in_features or b[0] != base.out_features:
+        if a[1] != features_in or b[0] != features_out:
             raise InvalidAdapterError(
-                f"{name} maps {a[1]} to {b[0]} features, the base's layer {base.in_features} to "
-                f"{base.out_features}: it was trained on another base"
+                f"{name} maps {a[1]} to {b[0]} features, the base's layer {features_in} to "
+                f"{features_out}: it was trained on another base"
             )
         if a[0] > max_rank:
             raise InvalidAdapterError(

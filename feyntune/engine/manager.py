@@ -36,6 +36,8 @@ class Running:
     sampling: Sampling
     generator: torch.Generator | None
     submitted: float
+    owner: str = ""
+    expiry: asyncio.TimerHandle | None = None  # ends its wait in the queue
     tokens: asyncio.Queue[Token | Exception | None] = field(default_factory=asyncio.Queue)
     log_probabilities: list[Token] = field(default_factory=list)  # by the engine's thread, before delivery
     delivered: int = 0

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feyntune.artifacts.store import StoreError
-from feyntune.engine.api import Engine, EngineDeadError, InvalidAdapterError, NoFreeSlotError
+from feyntune.engine.api import (
+    Engine,
+    EngineDeadError,
+    EngineError,
+    EngineUnavailableError,
+    InvalidAdapterError,
+    NoFreeSlotError,
+)
 from feyntune.errors import UserError
 from feyntune.names import BASE, slug
 from feyntune.serving import metrics
@@ -162,11 +169,12 @@ class Catalog:
             except EngineDeadError:
                 raise
             except Exception as e:  # whatever is wrong with one adapter, the others are served
-                expected = isinstance(e, InvalidAdapterError | UserError | OSError)
+                expected = isinstance(e, EngineError | UserError | OSError)
                 reason = str(e) if expected else f"{type(e).__name__}: {str(e)[:300]}"
                 refused[version.name] = reason
-                transient |= isinstance(e, StoreError | OSError)
-                self._retrying |= isinstance(e, StoreError | OSError) and version.digest in aliased
+                passing = isinstance(e, StoreError | OSError | EngineUnavailableError)
+                transient |= passing
+                self._retrying |= passing and version.digest in aliased
                 crowded |= isinstance(e, NoFreeSlotError)
                 if isinstance(e, InvalidAdapterError) and not isinstance(e, NoFreeSlotError):
                     self._invalid[version.digest] = reason

@@ -1,9 +1,11 @@
 """One completion after another, whichever protocol asked: limits, text, stop strings, log probabilities, counts."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -14,6 +16,7 @@ from feyntune.engine.api import (
     ContextLengthError,
     Engine,
     EngineDeadError,
+    EngineUnavailableError,
     NonFiniteError,
     QueueFullError,
     Sampling,
@@ -23,6 +26,8 @@ from feyntune.model.load import prompt as prompt_ids
 from feyntune.serving import metrics
 from feyntune.serving.catalog import Catalog, Target
 from feyntune.serving.text import Detokenizer, Stopper
+
+OWNER: ContextVar[str] = ContextVar("owner", default="")  # whose key a request carries; owners are served in turn
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,17 @@ class Server:
     engine: Engine | None = None
     catalog: Catalog | None = None
     eos: frozenset[int] = frozenset()
+    cors_origins: tuple[str, ...] = ()
     draining: bool = False
     started: float = field(default_factory=time.time)
 
     @property
     def ready(self) -> bool:
-        return not self.draining and self.catalog is not None and self.catalog.settled and self.alive
+        return not self.draining and self.catalog is not None and self.catalog.settled and self.takes_requests
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.engine is not None and self.engine.alive() and self.engine.unavailable is None
 
     @property
     def alive(self) -> bool:
@@ -139,6 +149,24 @@ class Server:
         if len(text) < 10_000:
             return prompt_ids(tokenizer, text)
         return await asyncio.to_thread(prompt_ids, tokenizer, text)
+
+    async def chat_tokens(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation, by the base's chat template or the one given at start."""
+        _, _, tokenizer = self.require_ready()
+        if not tokenizer.chat_template:
+            message = f"{self.base_name} is a base model without a chat template: send a prompt to completions instead"
+            raise ApiError(
+                400,
+                "no_chat_template",
+                f"{message}, or start the server with --chat-template.",
+                param="messages",
+            )
+        template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+        try:
+            ids: Any = await asyncio.to_thread(template, messages, add_generation_prompt=add_generation_prompt)
+        except Exception as e:  # a template raises what it likes at conversations it does not allow
+            raise ApiError(400, "invalid_messages", f"The chat template refuses this: {e}", param="messages") from e
+        return list(ids)
 
 
 class CompletionRequest:
@@ -204,7 +232,7 @@ class CompletionRequest:
         assert self.target is not None
         metrics.TOKENS.labels(self.label, "prompt").inc(len(ids))
         async with asyncio.timeout_at(self.deadline):
-            return await engine.score(self.target.key, ids, top)
+            return await engine.score(self.target.key, ids, top, OWNER.get())
 
 
 class Completion:
@@ -215,7 +243,7 @@ class Completion:
         assert request.target is not None
         self._request, self._engine, self._sampling = request, engine, sampling
         self._detokenizer, self._stopper = Detokenizer(tokenizer, ids), Stopper(stop)
-        self._generation = engine.submit(request.target.key, ids, sampling)
+        self._generation = engine.submit(request.target.key, ids, sampling, OWNER.get())
         self._submitted = time.monotonic()
         self.prompt_tokens, self.completion_tokens = len(ids), 0
         metrics.TOKENS.labels(request.label, "prompt").inc(len(ids))
@@ -288,6 +316,8 @@ def to_api_error(error: BaseException | None) -> ApiError | None:
         return ApiError(429, "queue_full", str(error), retry_after=error.retry_after)
     if isinstance(error, EngineDeadError):
         return ApiError(503, "engine_stopped", str(error), retry_after=30)
+    if isinstance(error, EngineUnavailableError):
+        return ApiError(503, "engine_restarting", str(error), retry_after=5)
     if isinstance(error, NonFiniteError):
         return ApiError(500, "not_finite", str(error))
     if isinstance(error, TimeoutError):

@@ -1,18 +1,22 @@
-"""What every HTTP request passes first: keys, the size of its body, and whether its client is still there."""
+"""What every HTTP request passes first: its ID, keys, the size of its body, and whether its client is still there."""
 
 import asyncio
 import hashlib
 import hmac
+import re
+import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from fastapi.responses import ORJSONResponse, Response
 
 from feyntune.errors import UserError
-from feyntune.serving.completions import ApiError, Limits
+from feyntune.serving.completions import OWNER, ApiError, Limits
 from feyntune.serving.workbench import FILES
 from feyntune.telemetry import log
 
+_OPENAI = ("/openai", "/v1/completions", "/v1/chat/", "/tokenize", "/detokenize")
 OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")  # probes, scrapers and browsers have no key
 
 
@@ -38,8 +42,8 @@ class Keys:
         if not self._hashes:
             raise UserError(f"Keys file {path} holds no key: write one a line.")
 
-    def allow(self, authorization: str | None) -> bool:
-        """Whether an Authorization header carries one of the keys."""
+    def owner(self, authorization: str | None) -> str | None:
+        """Which of the keys an Authorization header carries, by its hash; None where it carries none of them."""
         try:
             self._read()
         except (OSError, ValueError) as e:  # ValueError: it is not UTF-8
@@ -47,7 +51,7 @@ class Keys:
         scheme, _, key = (authorization or "").partition(" ")
         given = hashlib.sha256(key.strip().encode("latin-1", errors="replace")).digest()  # the header's own bytes
         matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all of them, whichever matches
-        return scheme.lower() == "bearer" and any(matches)
+        return given.hex()[:16] if scheme.lower() == "bearer" and any(matches) else None
 
     def _read(self) -> None:
         status = self.path.stat()
@@ -61,8 +65,35 @@ class Keys:
         self._stamp = stamp
 
 
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+
+
+class _Answer:
+    """ASGI's `send`, with the request's ID in the headers."""
+
+    def __init__(self, scope: Any, send: Any):
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        self.id: bytes = given if _REQUEST_ID.fullmatch(given) else uuid4().hex.encode()
+        self.asked = f"{scope['method']} {scope['path'][:200]}"
+        self.probe = scope["path"] in OPEN  # whose 503 is no fault
+        self.send, self.arrived, self.begun = send, time.monotonic(), False
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id)]
+            if message["status"] >= 500 and not self.probe:
+                took = time.monotonic() - self.arrived
+                log.warning("%s: %d after %.1f s (request %s)", self.asked, message["status"], took, self.id.decode())
+        await self.send(message)
+
+
 class RequestGuard:
-    """ASGI middleware. Reads the whole body first; stops the work of a client that has gone away."""
+    """ASGI middleware. Reads the whole body first; stops the work of a client that has gone away.
+
+    Every answer carries an X-Request-Id, the client's own or a new one; it stands in the log beside every fault of
+    the server's.
+    """
 
     def __init__(self, app: Any, limits: Limits, keys: Keys | None):
         self.app, self.keys = app, keys
@@ -72,6 +103,7 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        send = _Answer(scope, send)
         try:
             self._check_key(scope)
             body = await self._body(receive)
@@ -84,8 +116,10 @@ class RequestGuard:
     def _check_key(self, scope: Any) -> None:
         if self.keys is not None and scope["path"] not in OPEN and not scope["path"].startswith(FILES):
             authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-            if not self.keys.allow(authorization):
+            owner = self.keys.owner(authorization)
+            if owner is None:
                 raise ApiError(401, "invalid_api_key", "Give a valid key: Authorization: Bearer KEY.")
+            OWNER.set(owner)
 
     async def _body(self, receive: Any) -> bytes | None:
         """The whole body; None if the client went away while sending it."""
@@ -108,7 +142,7 @@ class RequestGuard:
             if not message.get("more_body", False):
                 return b"".join(parts)
 
-    async def _watched(self, scope: Any, receive: Any, send: Any, body: bytes) -> None:
+    async def _watched(self, scope: Any, receive: Any, send: _Answer, body: bytes) -> None:
         gone = asyncio.Event()
         given = False
 
@@ -132,8 +166,13 @@ class RequestGuard:
             if not work.done():
                 work.cancel()
             await asyncio.gather(work, return_exceptions=True)
-            if not work.cancelled():
-                work.result()
+            error = None if work.cancelled() else work.exception()
+            if error is not None:
+                log.error("%s failed (request %s)", send.asked, send.id.decode(), exc_info=error)
+                if not send.begun:
+                    message = "The server failed; its log says why, beside this answer's X-Request-Id."
+                    failed = error_response(scope["path"], ApiError(500, "internal_error", message))
+                    await failed(scope, receive, send)
         finally:
             for task in (work, watcher):
                 task.cancel()
@@ -141,9 +180,9 @@ class RequestGuard:
 
 def error_response(path: str, error: ApiError) -> Response:
     """`error` in OpenAI's shape on OpenAI's paths, in KServe's elsewhere."""
-    body = error.body if path.startswith(("/openai", "/v1/completions", "/v1/chat/")) else {"error": error.message}
+    body = error.body if path.startswith(_OPENAI) else {"error": error.message}
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status == 504:
+    if error.status in (500, 504):
         headers["x-should-retry"] = "false"  # OpenAI's clients would repeat minutes of work
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -27,17 +27,19 @@ sys.argv = _arguments
 import grpc  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
+from fastapi.middleware.cors import CORSMiddleware  # noqa: E402
 from fastapi.requests import Request as HttpRequest  # noqa: E402
 from fastapi.responses import ORJSONResponse, PlainTextResponse, Response  # noqa: E402
 from fastapi.routing import APIRoute  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
+from starlette.exceptions import HTTPException  # noqa: E402
 
 from feyntune.engine.api import Sampling  # noqa: E402
 from feyntune.errors import UserError  # noqa: E402
 from feyntune.names import BASE, slug  # noqa: E402
-from feyntune.serving.completions import ApiError, CompletionRequest, Server  # noqa: E402
+from feyntune.serving import openai_api, tokenize_api  # noqa: E402
+from feyntune.serving.completions import OWNER, ApiError, CompletionRequest, Server  # noqa: E402
 from feyntune.serving.guard import Keys, RequestGuard, error_response  # noqa: E402
-from feyntune.serving.openai_api import router  # noqa: E402
 from feyntune.serving.workbench import add_workbench  # noqa: E402
 from feyntune.telemetry import log  # noqa: E402
 
@@ -125,7 +127,7 @@ def _v1_texts(payload: Any) -> list[str]:
 
 
 def _v2_texts(payload: kserve.InferRequest) -> list[str]:
-    if len(payload.inputs) != 1 or payload.inputs[0].datatype != "BYTES":
+    if len(payload.inputs) != 1 or payload.inputs[0].name != "text" or payload.inputs[0].datatype != "BYTES":
         raise InvalidInput("send one input tensor, `text`, of datatype BYTES")
     try:
         data = payload.inputs[0].as_numpy().ravel().tolist()
@@ -201,8 +203,9 @@ class _Rest(RESTServer):
 
     def _register_endpoints(self, app: FastAPI) -> None:
         app.title = "feyntune"
-        openai = router(self.server)
+        openai = openai_api.router(self.server)
         app.include_router(openai)
+        app.include_router(tokenize_api.router(self.server))
         for route in openai.routes:  # /v1/models is KServe's
             if isinstance(route, APIRoute) and "POST" in (route.methods or ()):
                 path = route.path.removeprefix("/openai")
@@ -221,6 +224,8 @@ class _Rest(RESTServer):
             detail["refused"] = server.catalog.refused
             detail["missing"] = server.catalog.missing
             detail["registry_error"] = server.catalog.error
+        if server.engine is not None:
+            detail["engine"] = server.engine.unavailable or ("running" if server.alive else "stopped")
         return ORJSONResponse(detail, 200 if server.ready else 503)
 
     async def card(self, name: str) -> Response:
@@ -252,10 +257,18 @@ class _Rest(RESTServer):
         async def invalid_input(request: HttpRequest, e: InvalidInput) -> Response:
             return error_response(request.url.path, ApiError(400, "invalid_request", e.reason))
 
+        async def http_error(request: HttpRequest, e: HTTPException) -> Response:
+            code = {404: "not_found", 405: "method_not_allowed"}.get(e.status_code, "invalid_request")
+            message = f"{request.method} {request.url.path[:100]}: {e.detail}."
+            response = error_response(request.url.path, ApiError(e.status_code, code, message))
+            response.headers.update(e.headers or {})
+            return response
+
         async def unsupported(request: HttpRequest, e: NotImplementedError) -> Response:
             message = "Neither explanations nor V2 model versions are served: name the version in the model's name."
             return error_response(request.url.path, ApiError(400, "unsupported", message))
 
+        app.add_exception_handler(HTTPException, http_error)  # type: ignore[arg-type]
         app.add_exception_handler(NotImplementedError, unsupported)  # type: ignore[arg-type]
         app.add_exception_handler(ApiError, api_error)  # type: ignore[arg-type]
         app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
@@ -263,6 +276,14 @@ class _Rest(RESTServer):
 
     def _add_middlewares(self, app: FastAPI) -> None:
         app.add_middleware(RequestGuard, limits=self.server.limits, keys=self.keys)
+        if self.server.cors_origins:  # outermost: a browser's preflight has no key
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=self.server.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id", "x-feyntune-version", "Retry-After"],
+            )
 
 
 _STATUS = {
@@ -305,9 +326,14 @@ class _Servicer(InferenceServicer):
     async def _check_key(self, context: Any) -> None:
         """Probes, ServerLive and ServerReady, have no key; everything else needs one."""
         metadata = dict(context.invocation_metadata() or ())
-        if self.keys is not None and not self.keys.allow(metadata.get("authorization")):
+        if self.keys is None:
+            return
+        owner = self.keys.owner(metadata.get("authorization"))
+        if owner is None:
             message = "Give a valid key: authorization: Bearer KEY."
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
+        else:
+            OWNER.set(owner)
 
 
 class Endpoint(kserve.ModelServer):

@@ -4,7 +4,6 @@ A setting that this server cannot honor is refused, never ignored.
 """
 
 import asyncio
-import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -66,7 +65,7 @@ def router(server: Server) -> APIRouter:
 
     @routes.post("/chat/completions", responses=errors)
     async def chat(asked: ChatBody) -> Response:
-        """Answer a conversation; only where the base model has a chat template."""
+        """Answer a conversation; where the base model has a chat template or the server was given one."""
         return await _chat(server, asked)
 
     return routes
@@ -138,21 +137,9 @@ async def _completions(server: Server, asked: CompletionBody) -> Response:
 
 
 async def _chat(server: Server, asked: ChatBody) -> Response:
-    engine, _, tokenizer = server.require_ready()
+    engine, _, _ = server.require_ready()
     server.target(asked.model)
-    if not tokenizer.chat_template:
-        raise ApiError(
-            400,
-            "no_chat_template",
-            f"{server.base_name} is a base model without a chat template: send a prompt to {PREFIX}/completions.",
-            param="messages",
-        )
-    messages = [{"role": m.role, "content": m.text} for m in asked.messages]
-    template = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
-    try:
-        ids: Any = await asyncio.to_thread(template, messages)
-    except Exception as e:  # a template raises what it likes at conversations it does not allow
-        raise ApiError(400, "invalid_messages", f"The chat template refuses this: {e}", param="messages") from e
+    ids = await server.chat_tokens([m.shown for m in asked.messages])
     max_tokens = (
         asked.max_completion_tokens or asked.max_tokens or max(1, min(_CHAT_TOKENS, engine.max_length - len(ids)))
     )

@@ -197,6 +197,11 @@ class Message(BaseModel):
             return self.content or ""
         return "".join(part.text for part in self.content)
 
+    @property
+    def shown(self) -> dict[str, str]:
+        """As chat templates read it."""
+        return {"role": self.role, "content": self.text}
+
 
 class ChatBody(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]

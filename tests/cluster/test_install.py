@@ -253,7 +253,7 @@ def test_upgrade_and_rollback_keep_everything_and_drop_no_request(store, values,
         )
         assert "--max-rank=32" in kubectl("-n", NAMESPACE, "get", "deployment", "feyntune-predictor", "-o", "yaml")
         helm("rollback", "feyntune", "1", "--wait", "--timeout", "6m")
-        assert "--max-rank=16" in kubectl("-n", NAMESPACE, "get", "deployment", "feyntune-predictor", "-o", "yaml")
+        assert "--max-rank=8" in kubectl("-n", NAMESPACE, "get", "deployment", "feyntune-predictor", "-o", "yaml")
     assert DROPPED == []
     assert sorted(store.names()) == before
     assert _complete("champion")["usage"]["completion_tokens"] > 0

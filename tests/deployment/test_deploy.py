@@ -9,6 +9,7 @@ from feyntune.artifacts.artifact import write_artifact
 from feyntune.artifacts.store import open_store, push
 from feyntune.deployment.deploy import DeployError, base_digest, deploy, parse_spec, serving_of_run
 from feyntune.deployment.render import expected_models, render, secret_annotations, service_account
+from feyntune.deployment.spec import LIMITS
 from feyntune.deployment.step import deploy_registry
 from feyntune.errors import UserError
 from feyntune.names import slug
@@ -112,13 +113,20 @@ def test_the_predictor_is_one_of_kserves_typed_models(registry, monkeypatch):
     assert predictor["deploymentStrategy"] == {"type": "Recreate"}
 
 
+def chart_name(name):
+    """max_adapters -> maxAdapters"""
+    first, *others = name.split("_")
+    return first + "".join(map(str.capitalize, others))
+
+
 def chart_values(spec):
     """The values of the chart that mean what a description means."""
     given = {"requests": {"cpu": spec.cpu, "memory": spec.memory}, "limits": {"memory": spec.memory}}
     return {
         "kind": "InferenceService", "name": spec.name, "base": spec.base, "registry": spec.registry,
         "precision": spec.precision, "gpus": spec.gpus, "image": spec.image, "replicas": spec.replicas,
-        "maxAdapters": spec.max_adapters, "maxRank": spec.max_rank, "keysSecret": spec.keys_secret or "",
+        "keysSecret": spec.keys_secret or "",
+        **{chart_name(name): getattr(spec, name) for name in (*LIMITS, "chat_template", "cors_origins", "vllm_args")},
         "cacheSize": spec.scratch, "writableRoot": spec.writable_root,
         "extraArgs": spec.extra_args, "resources": given,
     }  # fmt: skip
@@ -129,7 +137,20 @@ def chart_values(spec):
     [
         {},
         {"gpus": 1, "replicas": 2, "keys_secret": "ours", "scratch": "9Gi", "writable_root": True},
-        {"host": "::", "extra_args": ["--request-seconds=9"], "precision": "fp32", "max_rank": 64, "memory": "2Gi"},
+        {"engine": "vllm", "gpus": 2, "vllm_args": ["--gpu-memory-utilization=0.8"], "body_bytes": 50_000_000},
+        {
+            "engine": "vllm",
+            "gpus": 1,
+            "cache_tokens": 10_000_000,
+            "queue": 9,
+            "queue_seconds": 7,
+            "batch_requests": 300,
+        },
+        {
+            "chat_template": "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+            "cors_origins": ["https://a.example"],
+        },
+        {"host": "::", "extra_args": ["--drain-seconds=9"], "precision": "fp32", "max_rank": 64, "memory": "2Gi"},
     ],
 )
 def test_the_chart_and_deploy_describe_the_same_pod(registry, fields):
@@ -182,7 +203,7 @@ def test_vllm_gets_every_adapter_with_rank_and_limits(registry):
     service = render(llm(registry), state)
     assert service["apiVersion"] == "serving.kserve.io/v1alpha2"
     lora = service["spec"]["model"]["lora"]
-    assert (lora["maxRank"], lora["maxAdapters"], lora["maxCpuAdapters"]) == (16, 3, 48)
+    assert (lora["maxRank"], lora["maxAdapters"], lora["maxCpuAdapters"]) == (8, 3, 48)
     assert [a["name"] for a in lora["adapters"]] == sorted(slug(v) for v in DELTAS)
     for adapter in lora["adapters"]:
         version = state.resolve(adapter["name"])

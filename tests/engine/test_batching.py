@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -560,3 +561,42 @@ def test_settings_of_sampling_change_the_logits_as_they_say():
     assert {int(draw(logits, Sampling(4, 1.0, top_k=2), generator)) for _ in range(200)} == {0, 2}
     assert {int(draw(logits, Sampling(4, 1.0, min_p=0.9), generator)) for _ in range(200)} == {0}
     assert int(draw(logits, Sampling(4, 1e-40), generator)) == 0
+
+
+def test_owners_are_served_in_turn_and_fill_only_their_own_queue(tiny_base):
+    settings = EngineSettings(max_adapters=1, max_rank=4, batch_tokens=64, batch_requests=1, cache_tokens=512, queue=4)
+
+    async def two_owners():
+        ended = []
+        async with running(tiny_base, settings=settings) as engine:
+
+            async def one(owner, generation):
+                await collect(generation)
+                ended.append(owner)
+
+            tasks = [one("many", engine.submit(None, [1, 2], greedy(8, ignore_eos=True), "many")) for _ in range(5)]
+            with pytest.raises(QueueFullError):
+                engine.submit(None, [1, 2], greedy(8), "many")
+            tasks.append(one("few", engine.submit(None, [1, 2], greedy(8, ignore_eos=True), "few")))
+            await asyncio.gather(*tasks)
+        return ended
+
+    assert run(two_owners()).index("few") <= 2  # behind the running one and one that waited
+
+
+def test_a_request_that_waits_too_long_is_told_to_come_back(tiny_base):
+    settings = EngineSettings(max_adapters=1, max_rank=4, batch_tokens=64, batch_requests=1, cache_tokens=512)
+    settings = replace(settings, queue_seconds=0.05)
+
+    async def wait():
+        async with running(tiny_base, settings=settings) as engine:
+            first = engine.submit(None, [1, 2], greedy(200, ignore_eos=True))
+            second = engine.submit(None, [1, 2], greedy(2))
+            with pytest.raises(QueueFullError) as e:
+                await collect(second)
+            engine.cancel(first)
+            return e.value.retry_after, engine.load().waiting
+
+    retry_after, waiting = run(wait())
+    assert retry_after >= 1
+    assert waiting == 0

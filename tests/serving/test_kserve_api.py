@@ -120,6 +120,7 @@ def test_a_wrong_v1_body_is_a_400_with_one_sentence(endpoint, body):
     "tensor",
     [
         {"name": "text", "shape": [1], "datatype": "FP32", "data": [1.0]},
+        {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["x"]},
         {"name": "text", "shape": [3], "datatype": "BYTES", "data": ["x"]},
         {"name": "text", "shape": [0], "datatype": "BYTES", "data": []},
         {"name": "text", "shape": [1], "datatype": "BYTES"},

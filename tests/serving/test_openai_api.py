@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from feyntune.model.load import prompt
+from feyntune.model.load import load_tokenizer, prompt
 from feyntune.names import slug
 from tests.serving.conftest import gauge, serving, settles
 
@@ -235,6 +235,8 @@ def test_chat_with_a_template_streams_one_message(tiny_base, tmp_path):
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     asked = {"model": "base", "messages": [{"role": "user", "content": "The soup"}], "temperature": 0}
     with serving(tmp_path / "registry", base) as running:
+        tokens = httpx.post(f"{running.url}/tokenize", json={"messages": asked["messages"]}).json()["tokens"]
+        assert load_tokenizer(str(base)).decode(tokens) == "The soup "
         chatting = openai.OpenAI(base_url=f"{running.url}/openai/v1", api_key="none", max_retries=0, timeout=60)
         whole = chatting.chat.completions.create(**asked).choices[0]
         with chatting.chat.completions.stream(**asked) as stream:
@@ -314,6 +316,84 @@ def test_an_answer_names_the_version_that_gave_it(endpoint, registry):
     listed = {m["id"]: m for m in httpx.get(f"{endpoint.url}/openai/v1/models").json()["data"]}
     assert listed["champion"]["version"] == champion
     assert listed["champion"]["max_model_len"] == listed["base"]["max_model_len"] > 0
+
+
+def test_every_answer_has_the_requests_own_id_or_a_new_one(endpoint):
+    body = {"model": "base", "prompt": "The soup", "max_tokens": 2}
+    url = f"{endpoint.url}/openai/v1/completions"
+    for sent in (body, body | {"stream": True}, body | {"model": "nobody"}, {}):
+        answer = httpx.post(url, json=sent, headers={"X-Request-Id": "mine-1"}, timeout=60)
+        assert answer.headers["x-request-id"] == "mine-1"
+    made = {httpx.get(f"{endpoint.url}/v2/health/live").headers["x-request-id"] for _ in range(2)}
+    assert len(made) == 2
+    forged = httpx.get(f"{endpoint.url}/v2/health/live", headers={"X-Request-Id": "a b " * 100 + "c"})
+    assert " " not in forged.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/openai/v1/embeddings", 404),
+        ("GET", "/openai/v1/completions", 405),
+        ("DELETE", "/openai/v1/models/base", 405),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/tokenize", 405),
+        ("POST", "/openai/v1/completions", 400),
+        ("POST", "/openai/v1/completions?a=b", 400),
+    ],
+)
+def test_errors_of_every_route_have_openais_shape(endpoint, method, path, status):
+    answer = httpx.request(method, endpoint.url + path, content=b"\xff{")
+    assert answer.status_code == status, answer.text
+    assert {"message", "type", "param", "code"} == answer.json()["error"].keys()
+    if status == 405:
+        assert answer.headers["allow"]
+
+
+def test_a_page_of_another_origin_is_not_let_in_by_default(endpoint):
+    preflight = {"Origin": "https://notebook.example", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{endpoint.url}/openai/v1/completions", headers=preflight)
+    assert answer.status_code == 405
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_tokens_of_a_prompt_and_back(endpoint, tokenizer):
+    def ask(path, **body):
+        return httpx.post(f"{endpoint.url}/{path}", json=body, timeout=60)
+
+    answer = ask("tokenize", model="champion", prompt=TEXTS[1], return_token_strs=True).json()
+    assert answer["tokens"] == prompt(tokenizer, TEXTS[1])
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 256
+    assert ask("tokenize", prompt=TEXTS[1], add_special_tokens=False).json()["tokens"] == answer["tokens"][1:]
+    assert ask("detokenize", tokens=answer["tokens"][1:]).json() == {"prompt": TEXTS[1]}
+    assert ask("detokenize", model="champion", tokens=[]).json() == {"prompt": ""}
+    wrong = [("tokenize", {}), ("tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]})]
+    wrong += [("detokenize", {"tokens": [99999]}), ("detokenize", {"tokens": [-1]}), ("detokenize", {})]
+    assert [ask(path, **body).status_code for path, body in wrong] == [400] * len(wrong)
+    assert ask("tokenize", model="nobody", prompt="x").status_code == 404
+    assert ask("tokenize", messages=[{"role": "user", "content": "x"}]).json()["error"]["code"] == "no_chat_template"
+
+
+def test_settings_of_sampling_change_what_is_drawn(client, tokenizer):
+    def tokens(**extra):
+        choice = client.completions.create(
+            model="champion", prompt="The soup", max_tokens=24, temperature=0, logprobs=0, extra_body=extra
+        ).choices[0]
+        return choice.logprobs.tokens, choice.finish_reason
+
+    plain, _ = tokens(ignore_eos=True)
+    first = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(plain[0]))[0]
+    forbidden, _ = tokens(ignore_eos=True, logit_bias={str(first): -100})
+    assert forbidden[0] != plain[0]
+    stopped, reason = tokens(ignore_eos=True, stop_token_ids=[first])
+    assert (len(stopped), reason) == (1, "stop")
+    later, _ = tokens(ignore_eos=True, stop_token_ids=[first], min_tokens=5)
+    assert len(later) >= 5
+    varied, _ = tokens(ignore_eos=True, repetition_penalty=10)
+    assert len(set(varied)) > len(set(plain))
+    spread, _ = tokens(ignore_eos=True, frequency_penalty=2, presence_penalty=2)
+    assert len(set(spread)) > len(set(plain))
 
 
 def test_fields_that_ask_for_nothing_are_accepted(endpoint):

@@ -1,11 +1,14 @@
 """The server as a process: what it follows, refuses, protects, and how it stops."""
 
 import shutil
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from feyntune.errors import UserError
@@ -14,6 +17,7 @@ from feyntune.serving.serve import serve
 from tests.serving.conftest import free_port, gauge, serving, settles
 from tests.serving.factories import register_adapter, seal_adapter
 
+FAKE_VLLM = [sys.executable, str(Path(__file__).parents[1] / "servers" / "fake_vllm.py")]
 SMALL = {"max_adapters": 4, "max_rank": 8, "batch_tokens": 64, "batch_requests": 16, "cache_tokens": 4096}
 
 
@@ -72,6 +76,25 @@ def test_a_promotion_is_followed_under_load_and_a_bad_version_leaves_the_old_one
         assert running.stop() == 0
     assert not failed
     assert {a["system_fingerprint"] for a in answered} == {first.digest[:16], second.digest[:16]}
+
+
+def test_a_vllm_that_ends_is_started_again_and_readiness_says_so(tiny_base, registry):
+    options = {**SMALL, "max_adapters": 6, "engine": "vllm", "vllm_command": FAKE_VLLM}
+    with serving(registry.store.uri, tiny_base, **options) as running:
+        body = {"model": "champion", "prompt": "The soup", "max_tokens": 8, "temperature": 0}
+        answer = complete(running, **body)
+        assert answer.headers["x-feyntune-version"] == registry.resolve("champion").name
+        assert answer.json()["choices"][0]["text"] != complete(running, **body | {"model": "base"}).text
+        assert running.wait()["engine"] == "running"
+        [vllm] = psutil.Process(running.process.pid).children()
+        vllm.kill()
+        assert not running.wait(lambda d: not d["ready"], seconds=10)["ready"]
+        assert httpx.get(f"{running.url}/v2/health/live").status_code == 200
+        assert complete(running, **body).json()["choices"] == answer.json()["choices"]  # it waited
+        running.wait(seconds=30)
+        [vllm] = psutil.Process(running.process.pid).children()
+        assert running.stop() == 0
+        assert not vllm.is_running()
 
 
 def test_sigterm_lets_running_requests_end(tiny_base, registry):
@@ -202,6 +225,32 @@ def test_it_is_alive_but_not_ready_while_the_base_loads(tiny_base, registry, tmp
         running.kill()
 
 
+def test_a_given_template_makes_a_base_chat_and_pages_of_a_named_origin_may_ask(tiny_base, registry, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    origins = ["https://notebook.example"]
+    options = {"chat_template": str(template), "cors_origins": origins, "keys_file": str(keys)}
+    with serving(registry.store.uri, tiny_base, **SMALL, **options) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret", max_retries=0)
+        said = client.chat.completions.create(
+            model="champion", messages=[{"role": "user", "content": "The soup"}], max_tokens=4,
+            logprobs=True, top_logprobs=2, temperature=0,
+        ).choices[0]  # fmt: skip
+        assert said.message.content
+        assert all(len(t.top_logprobs) == 2 for t in said.logprobs.content)
+        path = f"{running.url}/openai/v1/completions"
+        for origin, allowed in ((origins[0], True), ("https://other.example", False)):
+            preflight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            answer = httpx.options(path, headers=preflight)
+            assert (answer.headers.get("access-control-allow-origin") == origin) is allowed
+        denied = httpx.post(path, json={}, headers={"Origin": origins[0]})
+        assert denied.status_code == 401  # and the page may read why
+        assert denied.headers["access-control-allow-origin"] == origins[0]
+        assert running.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -209,6 +258,8 @@ def test_it_is_alive_but_not_ready_while_the_base_loads(tiny_base, registry, tmp
         ({"cache_tokens": 10}, "cache_tokens"),
         ({"batch_tokens": 4, "batch_requests": 8}, "batch_requests"),
         ({"canary_share": 1.5}, "canary_share"),
+        ({"queue_seconds": 0}, "queue_seconds"),
+        ({"chat_template": "nowhere.jinja"}, "Chat template nowhere.jinja"),
         ({"keys_file": "nowhere"}, "Keys file nowhere"),
         ({"base": "nowhere/at/all"}, "no such folder"),
     ],
