@@ -45,6 +45,8 @@ class Canary:
         """Let `candidate` take part; None, or one that lost its share before, does not."""
         if candidate is not None and candidate.name == self.backed_off:
             candidate = None
+        if candidate is not None and candidate.name != self.backed_off:
+            metrics.CANARY_BACKED_OFF.clear()
         if candidate != self.candidate:
             self._reset()
         self.candidate = candidate
@@ -73,6 +75,8 @@ class Canary:
                 "canary %s failed %d of %d requests, the champion %d of %d (p = %.2g): it gets no more",
                 self.candidate.name, failures, requests, champion_failures, champion_requests, p,
             )  # fmt: skip
+            metrics.CANARY_BACKED_OFF.clear()
+            metrics.CANARY_BACKED_OFF.labels(self.candidate.name).set(1)
             self.backed_off = self.candidate.name
             self.set_candidate(None)
 

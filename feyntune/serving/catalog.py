@@ -102,6 +102,7 @@ class Catalog:
         self._unserved |= {name: v for name, v in self.names.items() if v == version}
         self._publish_metrics(names, refused)
         self.names, self.refused = names, refused
+        self._publish_missing()
         if self.canary.candidate == version:
             self.canary.set_candidate(None)
         if version.digest in self._loaded:
@@ -187,6 +188,7 @@ class Catalog:
         self._unserved = {name: v for name, v in targets.items() if v.digest not in self._loaded}
         self._publish_metrics(names, refused)
         self.names, self.aliases, self.refused = names, snapshot.aliases, refused
+        self._publish_missing()
         self.canary.set_candidate(candidate if candidate and candidate.digest in self._loaded else None)
         current = {v.digest for v in names.values()} | ({candidate.digest} if candidate else set())
         freed += self._unload_all_but(current)
@@ -224,6 +226,11 @@ class Catalog:
             self.engine.unload_adapter(digest)
             log.info("adapter %s is unloaded", self._loaded.pop(digest).name)
         return len(gone)
+
+    def _publish_missing(self) -> None:
+        metrics.MISSING.clear()
+        for name in self.missing:
+            metrics.MISSING.labels(name).set(1)
 
     def _publish_metrics(self, names: dict[str, ServedVersion], refused: dict[str, str]) -> None:
         for name, old in self.names.items():

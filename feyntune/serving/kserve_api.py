@@ -224,6 +224,11 @@ class _Rest(RESTServer):
             detail["refused"] = server.catalog.refused
             detail["missing"] = server.catalog.missing
             detail["registry_error"] = server.catalog.error
+            canary = server.catalog.canary
+            detail["canary"] = {
+                "version": canary.candidate.name if canary.candidate else None,
+                "backed_off": canary.backed_off,
+            }
         if server.engine is not None:
             detail["engine"] = server.engine.unavailable or ("running" if server.alive else "stopped")
         return ORJSONResponse(detail, 200 if server.ready else 503)

@@ -5,6 +5,7 @@ import contextlib
 import random
 
 import pytest
+from prometheus_client import REGISTRY
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.store import StoreError
@@ -190,6 +191,10 @@ def test_a_version_rolled_back_is_no_canary(tmp_path):
     assert source.snapshot().staging.name == new.name
 
 
+def sample(metric, **labels):
+    return REGISTRY.get_sample_value(metric, labels)
+
+
 def test_the_canary_gets_its_share_of_the_champions_requests_only(source):
     random.seed(1)
     catalog = canary_catalog(source)
@@ -215,6 +220,7 @@ def test_a_failing_canary_loses_its_share_until_there_is_another(source):
     for i in range(32):
         catalog.canary.record("canary", TWO, failed=i % 2 == 0)
     assert catalog.resolve("champion").version == ONE
+    assert sample("feyntune_canary_backed_off", version=TWO.name) == 1
     refreshed(catalog)
     source.names["x"] = OTHER
     refreshed(catalog)
@@ -222,6 +228,7 @@ def test_a_failing_canary_loses_its_share_until_there_is_another(source):
     source.staging = version("hep-th/lora-all", 9)
     refreshed(catalog)
     assert catalog.resolve("champion").version == source.staging
+    assert sample("feyntune_canary_backed_off", version=TWO.name) is None
 
 
 def test_a_canary_that_fails_no_more_than_the_champion_stays(source):
@@ -272,10 +279,12 @@ def test_an_endpoint_is_not_ready_before_its_champion_answers(source):
     refreshed(catalog)
     assert not catalog.settled
     assert catalog.missing == {"champion": ONE.name}
+    assert sample("feyntune_name_missing", name="champion") == 1
     source.broken.clear()
     refreshed(catalog)
     assert catalog.settled
     assert catalog.missing == {}
+    assert sample("feyntune_name_missing", name="champion") is None
 
 
 def test_the_champion_gets_the_only_slot(source):
@@ -296,3 +305,4 @@ def test_a_quarantined_version_is_served_no_more_and_says_why(source):
     assert catalog.resolve("a") is None
     assert "quarantined" in catalog.why_not("a")
     assert engine.loaded == {OTHER.digest}
+    assert sample("feyntune_name_missing", name="a") == 1
