@@ -8,6 +8,7 @@
 # make test-newest   `make test` with the newest transformers, peft, kfp and kserve
 # make compile       compile the pipelines to pipelines/compiled
 # make reference     write docs/reference, the components' tables and the chart's table of values
+# make pictures      record `feyntune run` and photograph report and workbench again, for the documentation
 # make docs wheel images lock format clean
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
 BIN := .venv/bin
@@ -21,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run check test test-cluster test-kind test-rig test-vllm test-newest lint format env workbench lock compile reference \
-  docs wheel images push-images push-chart release-check clean
+  pictures docs wheel images push-images push-chart release-check clean
 
 run: env
 	@$(MAKE) -s workbench || echo "the workbench page could not be built (is an npm registry reachable?); continuing without it"
@@ -75,6 +76,9 @@ reference: env
 	$(BIN)/python charts/readme.py
 	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/components.py
+
+pictures: env workbench
+	$(BIN)/python docs/pictures.py
 
 docs: env
 	$(BIN)/mkdocs build --strict

@@ -15,7 +15,11 @@ study_app = typer.Typer(
 )
 
 Completed = Annotated[
-    list[Path], typer.Option("--completions", help="Folder with completions, of `evaluate` or `ask`; repeatable.")
+    list[Path],
+    typer.Option(
+        "--completions",
+        help="Folder with completions, of `evaluate` or `ask`, or of several (runs/latest/evaluations); repeatable.",
+    ),
 ]
 Endpoints = Annotated[Path, typer.Option(help="YAML file of endpoints (docs/people.md).")]
 FILTER_EXAMPLE = '{"rule": "paper", "decoding": "sampled"}'
@@ -66,7 +70,7 @@ def judge(
     setup_logging(quiet=as_json)
     values = {"papers": papers, "pairs": pairs, "show_reference": show_reference}
     config = validated(JudgeConfig, {**values, "filter": parse_object(filter, "--filter", FILTER_EXAMPLE)})
-    judge(completions, _endpoint(load_endpoints(endpoints), name, endpoints), out, config)
+    judge(_each(completions), _endpoint(load_endpoints(endpoints), name, endpoints), out, config)
     summary = json.loads((out / "summary.json").read_text())
     lines = []
     for d in summary["duels"]:
@@ -107,7 +111,7 @@ def study_make(
     setup_logging()
     values = {"raters": rater, "papers": papers, "common": common, "show_reference": show_reference}
     config = validated(StudyConfig, {**values, "filter": parse_object(filter, "--filter", FILTER_EXAMPLE)})
-    make(completions, out, key, config, seed, system or [])
+    make(_each(completions), out, key, config, seed, system or [])
     print(f"{out}: {len(rater)} sheets; {key}: the key, keep it from raters")
 
 
@@ -140,6 +144,15 @@ def study_score(
     setup_logging(quiet=as_json)
     score(study, key, sheets, out)
     print_result(json.loads((out / "summary.json").read_text()), as_json, (out / "summary.md").read_text())
+
+
+def _each(folders: list[Path]) -> list[Path]:
+    """The folders, one that holds artifacts replaced by those."""
+    result: list[Path] = []
+    for folder in folders:
+        inner = sorted(path.parent for path in folder.glob("*/manifest.json"))
+        result += inner if inner and not (folder / "manifest.json").is_file() else [folder]
+    return result
 
 
 def _endpoint(known: dict[str, Any], name: str, path: Path) -> Any:

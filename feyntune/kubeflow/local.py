@@ -4,7 +4,7 @@ WORKDIR/base/       the tiny base model, a copy of the shipped one
         store/      checkpoints, adapters, scores; what was finished is not computed again
         registry/   what may be served
         steps/      what passes between steps, and Kubeflow's cache of finished ones
-        RUN/        summary.json, report.html, table.md, run.log of one run
+        RUN/        summary.json, report.html, table.md, run.log of one run, and links to its evaluations
         latest      link to the newest RUN that has a report
 """
 
@@ -27,11 +27,13 @@ import yaml
 from feyntune.artifacts.names import expand
 from feyntune.demo import copy_demo_base
 from feyntune.errors import Interrupted, UserError
+from feyntune.keys import variant_keys
 from feyntune.kubeflow.adapt import COMPILED
 from feyntune.kubeflow.preflight import check_input, refuse_null
 from feyntune.kubeflow.run_view import RunView
 from feyntune.kubeflow.step_runner import Runner, steps_by
 from feyntune.model.base import pin_base
+from feyntune.names import BASE, slug
 from feyntune.recipe import merge, read_recipe
 from feyntune.telemetry import ERROR, log
 
@@ -224,6 +226,16 @@ def _collect(steps: Path, folder: Path, arguments: dict[str, Any]) -> None:
             _add_registration(summary, json.loads(registration.read_text(encoding="utf-8")))
         summary["arguments"] = arguments
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        _link_evaluations(folder, summary, arguments["recipe"])
+
+
+def _link_evaluations(folder: Path, summary: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """evaluations/NAME: where scores and completions of the base and of every variant lie in the store."""
+    links = folder / "evaluations"
+    links.mkdir()
+    for name in [BASE, *summary["variants"]]:
+        _, branch = variant_keys(summary["split"]["digest"], f"base@{summary['base']['digest']}", recipe, name)
+        (links / slug(name)).symlink_to(Path("..", "..", "store", branch, "evaluation"))
 
 
 def _add_registration(summary: dict[str, Any], registration: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ class Version(BaseModel):
     stage: Stage = "candidate"
     added: str = ""
     promoted: str = ""
+    examples: list[str] = []  # prompts from the test abstracts it was measured on, for the workbench
 
     @property
     def name(self) -> str:

@@ -177,6 +177,14 @@ class _Base(_Digest):
     perplexity: Perplexity
 
 
+class _Example(BaseModel):
+    prompt: str
+
+
+class _Completions(BaseModel):
+    examples: list[_Example] = []
+
+
 class _Failure(BaseModel):
     variant: str
 
@@ -193,6 +201,7 @@ class _Summary(BaseModel):
     conditions: Conditions | None = None  # comparisons before 0.2 have none
     variants: dict[str, dict[str, Any]]
     failures: list[_Failure] = []
+    completions: _Completions = _Completions()
 
 
 class _Variant(BaseModel):
@@ -268,6 +277,7 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
         targets=sorted(lora["target_modules"]),
         lineage=lineage,
         measured=measured,
+        examples=[example.prompt for example in summary.completions.examples],
         gate=gate,
     )
 

@@ -101,5 +101,7 @@ class RegistrySource:
 
 
 def _served_version(version: Version) -> ServedVersion:
-    stats = version.model_dump(mode="json", include={"lineage", "stage", "rank", "targets", "added", "measured"})
+    stats = version.model_dump(
+        mode="json", include={"lineage", "stage", "rank", "targets", "added", "measured", "examples"}
+    )
     return ServedVersion(version.name, version.variant, version.digest, stats)

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from feyntune.artifacts.artifact import open_artifact
 from feyntune.errors import UserError
 from feyntune.study.study import SCALE, check, read_sheet, sheet
+from feyntune.tex import set_formulas
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -103,9 +104,11 @@ def application(store: ScoreStore) -> FastAPI:
     """The web application over `store`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     here = Path(__file__).parent
-    template = Environment(
+    environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("study.html.jinja")
+    )
+    environment.filters["tex"] = set_formulas
+    template = environment.get_template("study.html.jinja")
     static = {name: (here / name).read_text(encoding="utf-8") for name in ("study.css", "study.js")}
 
     def page(status: int = 200, **given: Any) -> HTMLResponse:

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import pytest
 
+from feyntune.artifacts.artifact import read_manifest
 from feyntune.errors import EXIT_INTERRUPTED, UserError
 from feyntune.ingestion.synthetic import synthetic_records
 from feyntune.kubeflow import local
@@ -68,6 +69,8 @@ def test_one_branch_fails_and_the_others_are_reported_and_registered(finished: t
     assert summary["corpus"]["digest"]
     assert summary["split"]["digest"]
     assert (workdir / "latest" / "report.html").stat().st_size > 10_000
+    for name in ("base", "hep-th.lora-qkv"):
+        assert read_manifest(workdir / "latest" / "evaluations" / name).kind == "evaluation"
 
 
 def test_a_second_run_reuses_what_is_finished(finished: tuple[Path, str], papers: Path, tiny_base: Path) -> None:

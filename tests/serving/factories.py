@@ -82,9 +82,12 @@ def version_of(variant: str, folder: Path, perplexity: float = 9.0) -> Version:
     )
 
 
-def register_adapter(registry: Registry, variant: str, folder: Path, perplexity: float = 9.0) -> Version:
+def register_adapter(
+    registry: Registry, variant: str, folder: Path, perplexity: float = 9.0, examples: list[str] | None = None
+) -> Version:
     with tempfile.TemporaryDirectory() as tmp:
         card = Path(tmp) / "card"
         with write_artifact(card, "card") as sealed:
             (sealed.path / "README.md").write_text("# card\n")
-        return registry.add([(version_of(variant, folder, perplexity), folder, card)])[0]
+        version = version_of(variant, folder, perplexity).model_copy(update={"examples": examples or []})
+        return registry.add([(version, folder, card)])[0]

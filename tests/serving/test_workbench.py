@@ -94,7 +94,7 @@ class Page:
 
     def ask(self, prompt: str, *systems: str, button="Complete", **settings) -> None:
         self.fill("form textarea", prompt)
-        for system in self.all(".system"):
+        for system in self.all(".system:not(.names *)"):
             box = system.find_element(By.CSS_SELECTOR, "input")
             if box.is_selected() != (system.text.split()[0] in systems):
                 box.click()
@@ -166,7 +166,7 @@ new MutationObserver(() => seen.push(Object.fromEntries([...document.querySelect
 
 def test_two_systems_are_seen_to_write_side_by_side(page, lectern):
     page.js(WATCH)
-    page.one(".view label:nth-of-type(2) input").click()  # TeX off: every token on its own
+    page.one(".view label input").click()  # TeX off: every token on its own
     prompt = "The brane shows"
     page.ask(prompt, "base", "champion", max_tokens=60, temperature=0)
     page.ended()
@@ -186,19 +186,20 @@ def test_two_systems_are_seen_to_write_side_by_side(page, lectern):
         assert [float(re.search(r"([\d.]+) nats", t["title"])[1]) for t in drawn] == pytest.approx(
             [-p for p in logprobs], abs=0.006
         )
-        assert [t["level"] for t in drawn] == [sum(-p >= bound for bound in (1, 2, 4, 7)) for p in logprobs]
-    assert len({t["level"] for model in ("base", "champion") for t in page.tokens(model)}) > 1
+        assert {t["level"] for t in drawn} == {None}  # a model's own sample is not shaded
+    assert "nats a token" not in page.one(".panels").text
 
 
 def test_surprise_is_told_apart_without_color_and_explained(page):
+    page.ask("The brane shows its large limit", "base", button="Score")
+    page.ended()
     shades = page.js(
         "return [...document.querySelectorAll('.legend .token')].map(t => { const s = getComputedStyle(t);"
         "return [t.textContent, s.borderBottomStyle + s.borderBottomWidth, s.backgroundColor] })"
     )
     assert [name for name, _, _ in shades] == ["0–1", "1–2", "2–4", "4–7", "over 7"]
     assert len({line for _, line, _ in shades}) == len({color for _, _, color in shades}) == 5
-    page.ask("The brane shows", "base", max_tokens=20, temperature=1)
-    page.ended()
+    assert len({t["level"] for t in page.tokens("base")}) > 1
     page.one(".view label:nth-of-type(1) input").click()
     assert {t["level"] for t in page.tokens("base")} == {None}  # shading off
 
@@ -251,16 +252,31 @@ def test_stop_ends_the_work_on_the_server_too(page, lectern):
 
 def test_a_score_tells_the_surprise_of_the_text_itself(page, lectern):
     prompt = "größe 😀 the brane shows its large $N$ limit."
-    page.one(".view label:nth-of-type(2) input").click()
+    page.one(".view label input").click()  # TeX off
     page.ask(prompt, "base", "champion", button="Score")
     page.ended()
+    surprise = {}
     for model in ("base", "champion"):
         truth = completion(lectern, model=model, prompt=prompt, max_tokens=0, echo=True, logprobs=0)
         known = [p for p in truth["logprobs"]["token_logprobs"] if p is not None]
+        surprise[model] = known
         assert f"perplexity {math.exp(-sum(known) / len(known)):.2f}" in page.panel(model).text
         drawn = page.tokens(model)
         assert "".join(t["text"] for t in drawn) == prompt
         assert next(t for t in drawn if " brane" in t["text"] or t["text"].endswith("ane"))["title"]
+    base = surprise["base"]
+    assert [t["level"] for t in page.tokens("base")][1:] == [sum(-p >= b for b in (1, 2, 4, 7)) for p in base]
+    gains = [c - b for b, c in zip(base, surprise["champion"], strict=True)]
+    assert f"better than the base on {sum(g > 0 for g in gains)} of {len(gains)}" in page.panel("champion").text
+    assert "better than the base" not in page.panel("base").text
+    drawn = page.js(
+        "return [...arguments[0].querySelectorAll('.token')].map(t => [/ ([gw]\\d)/.exec(t.className)?.[1], t.title])",
+        page.panel("champion"),
+    )[1:]
+    sizes = [0 if abs(g) <= 0.2 else 1 if abs(g) <= 1 else 2 for g in gains]
+    assert [c for c, _ in drawn] == [f"{'w' if g < 0 and n else 'g'}{n}" for g, n in zip(gains, sizes, strict=True)]
+    for gain, (_, title) in zip(gains, drawn, strict=True):
+        assert f"{abs(gain):.2f} nats {'worse' if gain < 0 else 'better'} than the base" in title
 
 
 def test_the_copied_calls_make_the_same_completion(page, lectern):
@@ -320,8 +336,8 @@ def test_an_adapter_shows_its_lineage_and_its_model_card(page, lectern, school):
     assert all(digest[:16] in shown for digest in version.lineage.values())
     assert "−1.00 [−1.50, −0.50]" in system.text
     system.find_element(By.CSS_SELECTOR, "button.link").click()
-    assert settles(lambda: page.all("dialog[open] pre"))
-    assert page.one("dialog pre").text == "# card"
+    assert settles(lambda: page.all("dialog[open] .card"))
+    assert page.one("dialog .card h3").text == "card"
     page.press(Keys.ESCAPE)
     assert settles(lambda: not page.all("dialog"))
     assert httpx.get(f"{lectern.url}/cards/champion").headers["content-type"].startswith("text/markdown")
@@ -343,6 +359,7 @@ def test_all_of_it_by_keyboard(page):
     page.js("document.querySelector('form textarea').focus()")
     page.press(Keys.CONTROL, "a")
     page.press("The brane shows")
+    tab_to("Complete")  # right after the text
     tab_to("A brane in a teapot")
     page.press(Keys.SPACE)
     assert "teapot" in page.one("form textarea").get_attribute("value")
@@ -389,7 +406,8 @@ def test_it_fits_and_axe_finds_nothing(page, size, dark):
         assert violations == []
 
     page.open(size, dark).ready()
-    for details in page.all("details summary"):
+    page.one("details.names > summary").click()
+    for details in page.all(".system details summary"):
         details.click()
     check()
     prompt = (
@@ -400,6 +418,52 @@ def test_it_fits_and_axe_finds_nothing(page, size, dark):
     check()
 
 
+def test_a_field_stays_as_typed_while_answers_come(page):
+    page.ask("The brane", "gr-qc/lora-all", max_tokens=400, temperature=1)
+    assert settles(lambda: page.tokens("gr-qc.lora-all"))
+    field = page.one("input[name=temperature]")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(Keys.BACKSPACE)
+    seen = len(page.tokens("gr-qc.lora-all"))
+    assert settles(lambda: len(page.tokens("gr-qc.lora-all")) > seen)
+    assert field.get_attribute("value") == ""
+    page.press(Keys.ESCAPE)
+    page.ended()
+
+
+def test_answers_stand_in_the_order_of_the_list(page):
+    names = [s.text.split()[0] for s in page.all(".system:not(.names *)")]
+    assert names[:2] == ["base", "champion"]
+    page.ask("The brane", "base", "champion", "gr-qc/lora-all", max_tokens=5)
+    page.ended()
+    assert [p.text.split()[0] for p in page.all(".panel h2")] == ["base", "champion", "gr-qc/lora-all"]
+    tops = page.js("return [...document.querySelectorAll('.panel')].map(p => p.getBoundingClientRect().top)")
+    assert len(set(tops)) == 1  # three columns
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK, (1366, 768)], ids=["phone", "desk", "laptop"])
+def test_complete_is_in_the_first_screen(page, size):
+    page.open(size).ready()
+    assert page.js("return arguments[0].getBoundingClientRect().bottom", page.button("Complete")) < size[1] * 0.6
+
+
+def test_examples_are_of_the_run_that_measured_the_adapters(browser, physicist, tmp_path):  # noqa: F811
+    registry = Registry.open(str(tmp_path / "registry"))
+    folder = seal_adapter(tmp_path / "adapter", physicist, "hep-th/lora-all", strength=0.05, seed=1)
+    prompts = ["We study $x^2$ branes on a circle.", "The horizon hums in tune with us."]
+    register_adapter(registry, "hep-th/lora-all", folder, examples=prompts)
+    registry.promote("hep-th/lora-all")
+    with serving(registry.store.uri, physicist, **SMALL) as running:
+        page = Page(browser, running.url + "/").open().ready()
+        assert [b.text for b in page.all(".examples button")] == [
+            "We study … branes on a …",
+            "The horizon hums in tune with …",
+        ]
+        assert page.one("form textarea").get_attribute("value") == prompts[0]
+        page.all(".examples button")[1].click()
+        assert page.one("form textarea").get_attribute("value") == prompts[1]
+
+
 def test_what_goes_wrong_is_said_in_plain_words(page, browser, school, physicist):  # noqa: F811
     page.allowed = ["400 (Bad Request)"]
     page.ask("The brane", "base", max_tokens=600)
@@ -407,7 +471,8 @@ def test_what_goes_wrong_is_said_in_plain_words(page, browser, school, physicist
     assert "together at most 512 fit" in page.one(".panel .error").text
     assert page.one(".said").text == "1 of 1 failed."
     page.ask("The brane", max_tokens=10)
-    assert settles(lambda: page.one(".said").text == "Tick at least one system to compare.")
+    assert settles(lambda: page.all(".missing"))
+    assert page.one(".missing").text == "Tick at least one system to compare."
 
     with serving(school, physicist, **SMALL) as running:
         other = Page(browser, running.url + "/").open().ready()

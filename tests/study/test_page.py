@@ -17,6 +17,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from feyntune.errors import UserError
 from feyntune.study.page import HEADERS, ScoreStore, application
 from feyntune.study.study import StudyConfig, make, read_sheet, score
+from feyntune.tex import set_formulas
 from tests.browser import browser  # noqa: F401
 from tests.evaluation.browser_helpers import errors, look_at, requested, resize, visit
 from tests.study.factories import ALL, QKV, make_evaluation
@@ -183,8 +184,8 @@ def test_the_page_fits_fetches_nothing_from_outside_and_logs_no_error(browser, s
         assert result["unlabeled"] == []
         assert result["bold"] == 0  # texts are shown, not taken for HTML
         look_at(browser, f"study-{width}-{number}.png")
-        shown.add(browser.find_element(By.ID, "continuation").text)
-    assert any(TEX in text for text in shown)
+        shown.add(browser.find_element(By.ID, "continuation").get_attribute("innerHTML"))
+    assert any(str(set_formulas(TEX)) in text for text in shown)
     visit(browser, served.links["ann"] + "/done")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert errors(browser) == []

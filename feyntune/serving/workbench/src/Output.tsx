@@ -1,6 +1,6 @@
 import { useState } from "preact/hooks";
 import { Formula } from "./Formula";
-import { LEVELS, level, meanSurprise, pieces, surprise, type Token } from "./text";
+import { difference, GAINS, gain, LEVELS, level, meanSurprise, pieces, surprise, type Token } from "./text";
 
 /** Text with its surprise: looked at by mouse, touch or arrow keys, token by token. */
 export function Output(props: {
@@ -10,9 +10,10 @@ export function Output(props: {
   tokens: Token[];
   tex: boolean;
   shade: boolean;
+  base?: Token[]; // what the base thinks of the same text
   writing: boolean;
 }) {
-  const { lead, text, tokens } = props;
+  const { lead, text, tokens, base } = props;
   const [cursor, setCursor] = useState<number | null>(null);
   const at = cursor === null || cursor >= tokens.length ? null : cursor;
 
@@ -36,7 +37,13 @@ export function Output(props: {
 
   const last = tokens.at(-1);
   const end = last && last.start >= text.length ? last : null; // the token that says "end of text" has no text itself
-  const shaded = (nats: number | null) => (props.shade ? ` s${level(nats)}` : "");
+  /** The shade of some tokens: their mean surprise, or by how much it is below the base's. */
+  function shaded(indices: number[]): string {
+    if (!props.shade) return "";
+    if (!base) return ` s${level(meanSurprise(indices.map((i) => tokens[i])))}`;
+    const known = indices.map((i) => difference(tokens[i], base[i])).filter((d): d is number => d !== null);
+    return known.length ? ` ${gain(known.reduce((a, b) => a + b, 0) / known.length)}` : "";
+  }
   return (
     <>
       <div
@@ -51,12 +58,11 @@ export function Output(props: {
         {pieces(lead, text, tokens, props.tex).map((piece) => {
           if (piece.kind === "formula") {
             const own = piece.tokens.map((i) => tokens[i]);
-            const mean = meanSurprise(own);
             const here = at !== null && piece.tokens.includes(at);
             return (
               <span
                 key={piece.start}
-                class={(own.length ? "token" + shaded(mean) : "lead") + (here ? " here" : "")}
+                class={(own.length ? "token" + shaded(piece.tokens) : "lead") + (here ? " here" : "")}
                 data-token={piece.tokens[0]}
                 title={own.length ? formulaInWords(piece.source, own) : undefined}
               >
@@ -75,9 +81,9 @@ export function Output(props: {
           return (
             <span
               key={piece.start}
-              class={`token${shaded(surprise(token))}${piece.token === at ? " here" : ""}`}
+              class={`token${shaded([piece.token])}${piece.token === at ? " here" : ""}`}
               data-token={piece.token}
-              title={inWords(token)}
+              title={inWords(token, base?.[piece.token])}
             >
               {piece.text}
             </span>
@@ -86,7 +92,7 @@ export function Output(props: {
         {props.writing && <span class="caret" aria-hidden="true" />}
         {end && !props.writing && (
           <span
-            class={`token end${shaded(surprise(end))}${at === tokens.length - 1 ? " here" : ""}`}
+            class={`token end${shaded([tokens.length - 1])}${at === tokens.length - 1 ? " here" : ""}`}
             data-token={tokens.length - 1}
             title={inWords(end)}
           >
@@ -94,22 +100,22 @@ export function Output(props: {
           </span>
         )}
       </div>
-      <p class="readout" aria-live="polite">
-        {at !== null && <Readout token={tokens[at]} number={at + 1} of={tokens.length} />}
+      <p class={tokens.length ? "readout" : "readout none"} aria-live="polite">
+        {at !== null && <Readout token={tokens[at]} base={base?.[at]} number={at + 1} of={tokens.length} />}
         {at === null && tokens.length > 0 && <span class="quiet">Point at a token, or focus the text and use ← →</span>}
       </p>
     </>
   );
 }
 
-function Readout({ token, number, of }: { token: Token; number: number; of: number }) {
+function Readout({ token, base, number, of }: { token: Token; base?: Token; number: number; of: number }) {
   const others = token.top.filter(([spelt]) => spelt !== token.spelt).slice(0, 3);
   return (
     <>
       <span class="quiet">
         {number}/{of}
       </span>{" "}
-      <code>{visible(token.spelt)}</code> {figures(token)}
+      <code>{visible(token.spelt)}</code> {figures(token)}{versus(token, base)}
       {others.length > 0 && (
         <span class="others">
           {" "}
@@ -125,32 +131,53 @@ function Readout({ token, number, of }: { token: Token; number: number; of: numb
   );
 }
 
-/** What the shades mean. */
-export function Legend() {
+/** What the shades mean: of the base, and where it was scored too, of the others beside it. */
+export function Legend({ compared }: { compared: boolean }) {
   const bounds = [0, ...LEVELS];
   return (
-    <div class="legend" role="group" aria-labelledby="legend-name">
-      <span id="legend-name">
-        Surprise, <span class="formula">−log p</span> in nats
-      </span>
-      <ul>
-        {bounds.map((bound, i) => (
-          <li key={bound}>
-            <span class={`token s${i}`}>{i < LEVELS.length ? `${bound}–${LEVELS[i]}` : `over ${bound}`}</span>
-          </li>
-        ))}
-      </ul>
-    </div>
+    <>
+      <div class="legend" role="group" aria-labelledby="legend-name">
+        <span id="legend-name">
+          {compared ? "Base: surprise" : "Surprise"}, <span class="formula">−log p</span> in nats
+        </span>
+        <ul>
+          {bounds.map((bound, i) => (
+            <li key={bound}>
+              <span class={`token s${i}`}>{i < LEVELS.length ? `${bound}–${LEVELS[i]}` : `over ${bound}`}</span>
+            </li>
+          ))}
+        </ul>
+      </div>
+      {compared && (
+        <div class="legend difference" role="group" aria-labelledby="difference-name">
+          <span id="difference-name">Others: nats better or worse than the base</span>
+          <ul>
+            {GAINS.map(([name, words]) => (
+              <li key={name}>
+                <span class={`token ${name}`}>{words}</span>
+              </li>
+            ))}
+          </ul>
+        </div>
+      )}
+    </>
   );
 }
 
-function inWords(token: Token): string {
-  return `${visible(token.spelt)}: ${figures(token)}`;
+function inWords(token: Token, base?: Token): string {
+  return `${visible(token.spelt)}: ${figures(token)}${versus(token, base)}`;
+}
+
+/** ", 0.52 nats better than the base", or nothing without a base. */
+function versus(token: Token, base?: Token): string {
+  const nats = difference(token, base);
+  if (nats === null) return "";
+  return `, ${Math.abs(nats).toFixed(2)} nats ${nats < 0 ? "worse" : "better"} than the base`;
 }
 
 function figures(token: Token): string {
   const nats = surprise(token);
-  return nats === null ? "the first token: nothing to foresee it from" : `${nats.toFixed(2)} nats, p = ${percent(Math.exp(-nats))}`;
+  return nats === null ? "the first token: nothing to predict it from" : `${nats.toFixed(2)} nats, p = ${percent(Math.exp(-nats))}`;
 }
 
 function formulaInWords(source: string, tokens: Token[]): string {

@@ -2,7 +2,7 @@ import { useState } from "preact/hooks";
 import type { Call } from "./api";
 import { curl, python } from "./calls";
 import { Output } from "./Output";
-import { meanSurprise, tail, type Token } from "./text";
+import { better, meanSurprise, tail, type Token } from "./text";
 
 /** One system's answer, from the moment it was asked for. */
 export interface Result {
@@ -18,7 +18,11 @@ export interface Result {
   ended: number;
 }
 
-export function Panel({ result, tex, shade, keyed }: { result: Result; tex: boolean; shade: boolean; keyed: boolean }) {
+export function Panel(props: { result: Result; base?: Result; tex: boolean; shade: boolean; keyed: boolean }) {
+  const { result, tex, keyed } = props;
+  // A text that all read alike is shaded; a model's own sample is not: dull text would look good.
+  const shade = props.shade && Boolean(result.call.echo);
+  const base = props.base && props.base !== result && props.base.call.prompt === result.call.prompt ? props.base : undefined;
   const { call, state } = result;
   const writing = state === "waiting" || state === "writing";
   return (
@@ -34,6 +38,7 @@ export function Panel({ result, tex, shade, keyed }: { result: Result; tex: bool
         tokens={result.tokens}
         tex={tex}
         shade={shade}
+        base={base?.tokens}
         writing={writing}
       />
       {result.error && (
@@ -42,21 +47,25 @@ export function Panel({ result, tex, shade, keyed }: { result: Result; tex: bool
         </p>
       )}
       <footer>
-        <p class="figures">{figures(result)}</p>
+        <p class="figures">{figures(result, base)}</p>
         {!writing && <Copy result={result} keyed={keyed} />}
       </footer>
     </article>
   );
 }
 
-function figures(result: Result): string {
+function figures(result: Result, base?: Result): string {
   const { state, tokens, call } = result;
   if (state === "waiting") return "waiting for the first token";
   if (state === "failed" && !tokens.length) return "";
   const mean = meanSurprise(tokens);
   const said = [`${tokens.length} tokens`];
-  if (mean !== null && call.echo) said.push(`perplexity ${Math.exp(mean).toFixed(2)}`);
-  if (mean !== null) said.push(`${mean.toFixed(2)} nats a token`);
+  if (mean !== null && call.echo) {
+    const before = base && meanSurprise(base.tokens);
+    const [count, of] = base ? better(tokens, base.tokens) : [0, 0];
+    if (before !== null && before !== undefined && of) said.push(`better than the base on ${count} of ${of}`);
+    said.push(`perplexity ${Math.exp(mean).toFixed(2)}${before ? ` (base ${Math.exp(before).toFixed(2)})` : ""}`);
+  }
   if (result.ended) said.push(`${((result.ended - result.asked) / 1000).toFixed(1)} s`);
   if (state === "done" && !call.echo) said.push(result.finish === "stop" ? "ended by itself" : "reached max tokens");
   if (state === "stopped") said.push("stopped");

@@ -1,5 +1,15 @@
+import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import { card, type Model } from "./api";
+import { Markdown } from "./Markdown";
+
+const first = (m: Model) => m.parent === null || m.id === "champion";
+
+/** The base, the champion, the adapters, and other names of the same adapters: the order of the list and of answers. */
+export function inOrder(models: Model[]): Model[] {
+  const rank = (m: Model) => (m.parent === null ? 0 : m.id === "champion" ? 1 : m.alias ? 3 : 2);
+  return [...models].sort((a, b) => rank(a) - rank(b));
+}
 
 /** The base, what the registry chose, and the adapters: each to be ticked, each with where it comes from. */
 export function Systems(props: {
@@ -8,7 +18,6 @@ export function Systems(props: {
   toggle: (id: string) => void;
   access: string;
 }) {
-  const first = (m: Model) => m.parent === null || m.id === "champion";
   const groups: [string, Model[]][] = [
     ["Base and champion", props.models.filter(first)],
     ["Adapters: perplexity minus the base's [95 %]", props.models.filter((m) => !first(m) && !m.alias)],
@@ -22,10 +31,9 @@ export function Systems(props: {
       </legend>
       <div class="list">
         {groups.map(
-        ([name, models]) =>
+        ([name, models], i) =>
           models.length > 0 && (
-            <div key={name} role="group" aria-label={name}>
-              <p class="group">{name}</p>
+            <Group key={name} name={name} folded={i === 2}>
               {models.map((model) => (
                 <System
                   key={model.id}
@@ -35,11 +43,29 @@ export function Systems(props: {
                   access={props.access}
                 />
               ))}
-            </div>
+            </Group>
           ),
       )}
       </div>
     </fieldset>
+  );
+}
+
+/** A group of the list; the registry's other names are folded, since they stand for adapters above. */
+function Group({ name, folded, children }: { name: string; folded: boolean; children: ComponentChildren }) {
+  if (!folded) {
+    return (
+      <div role="group" aria-label={name}>
+        <p class="group">{name}</p>
+        {children}
+      </div>
+    );
+  }
+  return (
+    <details class="names">
+      <summary class="group">{name}</summary>
+      {children}
+    </details>
   );
 }
 
@@ -85,7 +111,9 @@ function Card({ title, text, close }: { title: string; text: string; close: () =
   useEffect(() => dialog.current!.showModal(), []);
   return (
     <dialog ref={dialog} onClose={close} aria-label={`Model card of ${title}`}>
-      <pre tabIndex={0}>{text}</pre>
+      <div class="card" tabIndex={0}>
+        <Markdown text={text} />
+      </div>
       <button type="button" onClick={() => dialog.current!.close()}>
         Close
       </button>
@@ -99,7 +127,7 @@ export function titleOf(model: Model): string {
 
 /** One line: which version an alias means, what the base is, by how much an adapter is better. */
 export function summary(model: Model): string {
-  if (model.parent === null) return model.root;
+  if (model.parent === null) return model.root === model.id ? "" : model.root;
   if (model.alias) return `is ${model.variant}`;
   return [model.measured && interval(model.measured.delta), model.stage].filter(Boolean).join(" ");
 }

@@ -16,6 +16,7 @@ export interface Model {
   targets?: string[];
   added?: string;
   lineage?: Record<string, string>;
+  examples?: string[]; // starts of test abstracts
   measured?: {
     abstracts: number;
     base_perplexity: { abstract_mean: number };

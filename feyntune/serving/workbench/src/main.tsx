@@ -6,7 +6,7 @@ import { complete, models as fetchModels, Refusal, type Model, type Settings } f
 import { EXAMPLES } from "./examples";
 import { Legend } from "./Output";
 import { Panel, type Result } from "./Panel";
-import { Systems, titleOf } from "./Systems";
+import { inOrder, Systems, titleOf } from "./Systems";
 import { unitsOf } from "./text";
 
 function Workbench() {
@@ -15,14 +15,16 @@ function Workbench() {
   const [keyed, setKeyed] = useState(false);
   const [key, setKey] = useState(""); // in memory only: gone when the page is
   const [chosen, setChosen] = useState(new Set(["base", "champion"]));
-  const [prompt, setPrompt] = useState(EXAMPLES[0].text);
+  const [prompt, setPrompt] = useState("");
   const [settings, setSettings] = useState<Settings>({ max_tokens: 120, temperature: 0.8, seed: 1 });
   const [tex, setTex] = useState(true);
   const [shade, setShade] = useState(true);
+  const [missing, setMissing] = useState("");
   const [results, setResults] = useState<Result[]>([]);
   const [said, setSaid] = useState("");
   const running = useRef<AbortController | null>(null);
   const answers = useRef<HTMLElement>(null);
+  const scrolled = useRef(true);
   const keyField = useRef<HTMLInputElement>(null);
   const writing = results.some((r) => r.state === "waiting" || r.state === "writing");
 
@@ -32,14 +34,16 @@ function Workbench() {
       try {
         const found = await fetchModels(withKey);
         if (signal?.aborted) return;
-        setModels(found);
+        setModels(inOrder(found));
+        setPrompt((now) => now || examplesOf(found)[0].text);
         setTrouble("");
         return;
       } catch (e) {
         if (signal?.aborted) return;
         const refusal = e instanceof Refusal ? e : new Refusal(String(e));
         if (refusal.status === 401) setKeyed(true);
-        setTrouble(refusal.status === 401 && !withKey ? "This endpoint asks for a key." : refusal.message);
+        const asks = withKey ? "This is no valid key of this endpoint." : "This endpoint asks for a key.";
+        setTrouble(refusal.status === 401 ? asks : refusal.message);
         if (refusal.status !== 503) return;
         await new Promise((done) => setTimeout(done, 1000 * Math.max(1, refusal.retryAfter)));
       }
@@ -61,6 +65,14 @@ function Workbench() {
     if (keyed) keyField.current?.focus();
   }, [keyed]);
 
+  // On a phone the answers lie below the form: go there with the first token, not before there is anything to see.
+  useEffect(() => {
+    if (scrolled.current || !results.some((r) => r.tokens.length || r.error)) return;
+    scrolled.current = true;
+    if (matchMedia("(max-width: 59.99rem)").matches) answers.current?.scrollIntoView();
+  }, [results]);
+
+  const examples = examplesOf(models);
   const asked = models.filter((m) => chosen.has(m.id));
 
   function toggle(id: string) {
@@ -71,8 +83,9 @@ function Workbench() {
 
   async function run(score: boolean) {
     running.current?.abort();
-    if (!prompt.trim()) return setSaid("Write or pick the start of an abstract first.");
-    if (!asked.length) return setSaid("Tick at least one system to compare.");
+    const lacking = !prompt.trim() ? "Write or pick the start of an abstract first." : "";
+    setMissing(lacking || (asked.length ? "" : "Tick at least one system to compare."));
+    if (lacking || !asked.length) return;
     const control = new AbortController();
     running.current = control;
     setSaid(asked.length === 1 ? "One system is answering." : `${asked.length} systems are answering.`);
@@ -91,7 +104,7 @@ function Workbench() {
       ended: 0,
     }));
     setResults(started);
-    if (matchMedia("(max-width: 59.99rem)").matches) answers.current?.scrollIntoView();
+    scrolled.current = false;
     const ended = await Promise.all(started.map((result) => follow(result, control.signal)));
     if (running.current !== control) return;
     running.current = null;
@@ -187,9 +200,28 @@ function Workbench() {
             onInput={(e) => setPrompt(e.currentTarget.value)}
           />
         </label>
-        <div class="examples" role="group" aria-label="Made-up examples">
-          <span class="quiet">or made up:</span>
-          {EXAMPLES.map((example) => (
+        <div class="actions">
+          <button class="main" type="submit" disabled={!models.length}>
+            Complete
+          </button>
+          <button type="submit" value="score" disabled={!models.length} title="How well does each predict this very text?">
+            Score
+          </button>
+          <button type="button" aria-disabled={!writing} onClick={() => running.current?.abort()}>
+            Stop
+          </button>
+        </div>
+        {missing && (
+          <p role="alert" class="error missing">
+            {missing}
+          </p>
+        )}
+        <p class="quiet keys">
+          <kbd>Ctrl</kbd> <kbd>Enter</kbd> completes, <kbd>Esc</kbd> stops
+        </p>
+        <div class="examples" role="group" aria-label="Examples">
+          <span class="quiet">Examples:</span>
+          {examples.map((example) => (
             <button key={example.name} type="button" onClick={() => setPrompt(example.text)}>
               {example.name}
             </button>
@@ -201,27 +233,17 @@ function Workbench() {
           <Amount label="Temperature" name="temperature" min={0} max={2} step="any" {...{ settings, setSettings }} />
           <Amount label="Seed" name="seed" min={0} max={2 ** 31} step={1} {...{ settings, setSettings }} />
         </div>
-        <div class="actions">
-          <button class="main" type="submit" disabled={!models.length}>
-            Complete
-          </button>
-          <button type="submit" value="score" disabled={!models.length} title="How well does each foresee this very text?">
-            Score
-          </button>
-          <button type="button" aria-disabled={!writing} onClick={() => running.current?.abort()}>
-            Stop
-          </button>
-        </div>
-        <p class="quiet keys">
-          <kbd>Ctrl</kbd> <kbd>Enter</kbd> completes, <kbd>Esc</kbd> stops
-        </p>
       </form>
       <main aria-label="Answers" ref={answers}>
         <div class="view">
-          <Legend />
-          <label>
-            <input type="checkbox" checked={shade} onChange={() => setShade(!shade)} /> shade
-          </label>
+          {results.some((r) => r.call.echo) && (
+            <>
+              <Legend compared={results.some((r) => r.call.model === "base") && results.length > 1} />
+              <label>
+                <input type="checkbox" checked={shade} onChange={() => setShade(!shade)} /> shade
+              </label>
+            </>
+          )}
           <label>
             <input type="checkbox" checked={tex} onChange={() => setTex(!tex)} /> TeX
           </label>
@@ -235,18 +257,33 @@ function Workbench() {
               <b>Complete</b> lets each system go on from your text, with the same settings and the same seed.
             </p>
             <p>
-              <b>Score</b> shows how well each system foresees the text itself, token by token, and its perplexity.
+              <b>Score</b> shows how well each system predicts the text itself: its perplexity, and token by token what an
+              adapter predicts better or worse than the base.
             </p>
           </div>
         )}
         <div class="panels">
           {results.map((result) => (
-            <Panel key={result.call.model} result={result} tex={tex} shade={shade} keyed={keyed} />
+            <Panel
+              key={result.call.model}
+              result={result}
+              base={results.find((r) => r.call.model === "base" && r.call.echo)}
+              tex={tex}
+              shade={shade}
+              keyed={keyed}
+            />
           ))}
         </div>
       </main>
     </div>
   );
+}
+
+/** Starts of test abstracts of the run that measured the adapters; made-up ones where the registry holds none. */
+function examplesOf(models: Model[]): { name: string; text: string }[] {
+  const texts = [...new Set(models.flatMap((m) => m.examples ?? []))].slice(0, 4);
+  if (!texts.length) return EXAMPLES;
+  return texts.map((text) => ({ name: text.replace(/\$[^$]*\$/g, "…").split(/\s+/).slice(0, 6).join(" ") + " …", text }));
 }
 
 function Amount(props: {
@@ -259,6 +296,7 @@ function Amount(props: {
   setSettings: (settings: Settings) => void;
 }) {
   const { label, name, settings, setSettings, ...limits } = props;
+  const [typed, setTyped] = useState(String(settings[name])); // as it is typed, valid or not; the form checks it
   return (
     <label class="field">
       {label}
@@ -267,8 +305,11 @@ function Amount(props: {
         name={name}
         required
         {...limits}
-        value={settings[name]}
-        onChange={(e) => e.currentTarget.validity.valid && setSettings({ ...settings, [name]: e.currentTarget.valueAsNumber })}
+        value={typed}
+        onInput={(e) => {
+          setTyped(e.currentTarget.value);
+          if (e.currentTarget.validity.valid) setSettings({ ...settings, [name]: e.currentTarget.valueAsNumber });
+        }}
       />
     </label>
   );

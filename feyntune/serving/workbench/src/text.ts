@@ -29,7 +29,7 @@ export function unitsOf(text: string): (offset: number) => number {
   };
 }
 
-/** −log p of the worst-foreseen token is large; no number for the first of a text. */
+/** −log p of the worst-predicted token is large; no number for the first of a text. */
 export function surprise(token: Token): number | null {
   return token.logprob === null ? null : Math.max(0, -token.logprob);
 }
@@ -46,6 +46,32 @@ export function level(nats: number | null): number {
   if (nats === null) return 0;
   const found = LEVELS.findIndex((bound) => nats < bound);
   return found < 0 ? LEVELS.length : found;
+}
+
+/** By how many nats `token` is less surprising than the base finds it; null where one of them says nothing. */
+export function difference(token: Token, base?: Token): number | null {
+  if (!base || base.start !== token.start || base.logprob === null || token.logprob === null) return null;
+  return token.logprob - base.logprob;
+}
+
+/** How many tokens are predicted better than by the base, of how many. */
+export function better(tokens: Token[], base: Token[]): [number, number] {
+  const known = tokens.map((t, i) => difference(t, base[i])).filter((d): d is number => d !== null);
+  return [known.filter((d) => d > 0).length, known.length];
+}
+
+// Classes of a difference, from much better to much worse.
+export const GAINS: [string, string][] = [
+  ["g2", "over 1 better"],
+  ["g1", "0.2–1 better"],
+  ["g0", "alike"],
+  ["w1", "0.2–1 worse"],
+  ["w2", "over 1 worse"],
+];
+
+export function gain(nats: number): string {
+  const size = Math.abs(nats) > 1 ? 2 : Math.abs(nats) > 0.2 ? 1 : 0;
+  return size === 0 ? "g0" : (nats > 0 ? "g" : "w") + size;
 }
 
 /** `lead` and the completion after it as pieces; formulas may begin in the one and end in the other. */
