@@ -32,7 +32,7 @@ from feyntune.kubeflow.adapt import COMPILED
 from feyntune.kubeflow.preflight import check_input, refuse_null
 from feyntune.kubeflow.run_view import RunView
 from feyntune.kubeflow.step_runner import Runner, steps_by
-from feyntune.model.base import pin_base
+from feyntune.model.base import pin_base, require_tokenizer
 from feyntune.names import BASE, slug
 from feyntune.recipe import merge, read_recipe
 from feyntune.telemetry import ERROR, log
@@ -91,6 +91,7 @@ def run(
     variants = check_input(source, variants, base or "", recipe, devices, registry, serving, days, categories)
     if base is not None:
         base = pin_base(base)
+        require_tokenizer(base)
     workdir.mkdir(parents=True, exist_ok=True)
     with _only_run(workdir):
         folder = workdir / datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -25,6 +25,7 @@ from feyntune.artifacts.store import Store, open_store, pull, push, stored_manif
 from feyntune.errors import UserError
 from feyntune.telemetry import log
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
 QUANTIZED = "-nf4"  # a quantized copy lies beside its original, under the original's name with this ending
 
@@ -56,6 +57,13 @@ def pin_base(base: str) -> str:
     if expected is not None and expected != digest:
         raise UserError(f"Base model {location} has digest {digest[:16]}, the run was pinned to {expected[:16]}.")
     return f"{location}@{digest}"
+
+
+def require_tokenizer(base: str) -> None:
+    """Raise UserError where `base` is a folder without a tokenizer, which only the first training would notice."""
+    folder = Path(split_pin(base)[0])
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise UserError(f"Base model {folder} has no tokenizer ({', '.join(_TOKENIZERS)}): save its tokenizer there.")
 
 
 def folder_digest(folder: str | Path) -> str:

@@ -92,8 +92,12 @@ def split(
         final = np.array(assigned.split)
         drawn, report = draw(rules, papers["primary"].to_numpy().astype(str), final, rank)
         if not drawn:
-            reasons = "; ".join(f"{name}: {entry['reason']}" for name, entry in report.items())
-            raise UserError(f"{corpus} supplies none of the mixtures ({reasons}): ingest more papers.")
+            name, entry = next(iter(report.items()))
+            others = f" and {len(report) - 1} more" if len(report) > 1 else ""
+            raise UserError(
+                f"{corpus} has papers enough for none of the mixtures ({name}: {entry['reason']}{others}): ingest more "
+                "papers, or give mixtures of this corpus (--mixtures)."
+            )
         _write_papers(Path(corpus), assigned, folder.path)
         _write_mixtures(ids, drawn, folder.path)
         audit = {

@@ -5,7 +5,7 @@ import pytest
 from feyntune.artifacts.artifact import ArtifactError, write_artifact
 from feyntune.artifacts.store import open_store, push
 from feyntune.errors import UserError
-from feyntune.model.base import fetch_base, folder_digest, pin_base, push_base, split_pin
+from feyntune.model.base import fetch_base, folder_digest, pin_base, push_base, require_tokenizer, split_pin
 
 
 @pytest.fixture
@@ -25,6 +25,14 @@ def test_a_folder_is_pinned_by_its_content(model):
     (model / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match="the run was pinned to"):
         pin_base(f"{model}@{digest}")
+
+
+def test_a_folder_without_a_tokenizer_is_named(model):
+    with pytest.raises(UserError, match="has no tokenizer"):
+        require_tokenizer(pin_base(str(model)))
+    (model / "tokenizer.json").write_text("{}")
+    require_tokenizer(pin_base(str(model)))
+    require_tokenizer("org/name@abc")
 
 
 def test_files_that_are_no_part_of_a_model_do_not_count(model):
