@@ -63,7 +63,7 @@ def run(
     except KeyboardInterrupt:
         raise Interrupted("finished steps are saved") from None
     if failed is None or failed.reported:
-        print((folder / "summary.json").read_text() if as_json else result_text(folder, workdir))
+        print((folder / "summary.json").read_text() if as_json else f"\n{result_text(folder, workdir)}")
     if failed is not None:
         print(f"error: {failed}", file=sys.stderr)
         sys.exit(EXIT_FAILED_BRANCH)

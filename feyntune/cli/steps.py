@@ -244,4 +244,6 @@ def gate_text(variant: dict[str, Any]) -> str:
     """What the gate decided on a variant, with the reasons of a refusal."""
     reasons = variant.get("gate", variant.get("reasons")) or []
     word = gate_word(variant)
-    return f"{word}: {'; '.join(reasons)}" if reasons and word != "champion" else word
+    if not reasons or word == "champion":
+        return word
+    return f"{'passed, but is not champion' if word == 'passed' else word}: {'; '.join(reasons)}"

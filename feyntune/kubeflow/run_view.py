@@ -122,14 +122,14 @@ class RunView:
                 console.print(Text(text, style=style))
 
     def _render(self) -> Group:
-        table = Table.grid(padding=(0, 1))
-        width = max(10, min(30, console.width - 60))
+        lines: list[Any] = []
         for step in list(self._running.values()):
             total = step.progress.get("total")
-            bar = ProgressBar(total or None, step.progress.get("done", 0), width=width, pulse=not total)
-            table.add_row(f"{step.number:>3}/{self._total}", f" {step.name}", bar, f"{step.seconds:.0f} s")
-            table.add_row("", Text(f"  {step.doing()}", style="dim"), "", "")
-        return Group(table, Text(f"{time.monotonic() - self._started:.0f} s   {STOP}", style="dim"))
+            table = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total or None, step.progress.get("done", 0), width=20, pulse=not total)
+            table.add_row(Text(f"{step.number:>3}/{self._total}  {step.name:<44}"), bar, f"{step.seconds:.0f} s")
+            lines += [table, Text(f"        {step.doing()}", style="dim", no_wrap=True, overflow="ellipsis")]
+        return Group(*lines, Text(f"{time.monotonic() - self._started:.0f} s. {STOP}", style="dim", no_wrap=True))
 
     def _tick(self, ended: threading.Event) -> None:
         while not ended.wait(0.5):
