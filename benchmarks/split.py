@@ -1,8 +1,8 @@
 """The split step against the baseline: a random split in pandas, and datasketch document by document.
 
-Ours is the whole step: reading, duplicates, assignment, ten mixtures, writing, and the proof by an exact join. The
+Ours is the whole step: reading, duplicates, assignment, ten mixtures, writing, and the leak check by an exact join. The
 baseline reads the same file, makes a random 70/15/15 split, and asks MinHashLSH for every document's duplicates,
-as datasketch's documentation shows it; it writes and proves nothing.
+as datasketch's documentation shows it; it writes and checks nothing.
 """
 
 import json

@@ -68,14 +68,14 @@ def _appears(path: Path) -> None:
 
 def test_a_forked_process_is_like_one_of_its_own(server: ForkServer) -> None:
     for address in (server.address, None):
-        process, said, rest = _report(address, 3)
+        process, report, rest = _report(address, 3)
         assert process.wait() == 3
         assert process.poll() == 3
         assert isinstance(process, ForkedProcess) == (address is not None)
-        assert said["argv"] == ["3", "two words"]
-        assert said["env"] == "x"
-        assert said["cwd"] == os.getcwd()
-        assert said["pid"] == process.pid
+        assert report["argv"] == ["3", "two words"]
+        assert report["env"] == "x"
+        assert report["cwd"] == os.getcwd()
+        assert report["pid"] == process.pid
         assert rest == "an error\n"
 
 
@@ -87,10 +87,10 @@ def test_it_imports_once_and_draws_its_own_random_numbers(server: ForkServer) ->
 
 def test_after_an_import_that_starts_a_thread_nothing_is_forked(modules: Path) -> None:
     with ForkServer(["slow_library", "threaded"]) as server:
-        process, said, _ = _report(server.address, 0)
+        process, report, _ = _report(server.address, 0)
         assert process.wait() == 0
         assert not isinstance(process, ForkedProcess)
-        assert said["parent"] == os.getpid()
+        assert report["parent"] == os.getpid()
 
 
 def test_a_module_that_is_not_there_is_no_reason_to_stop(modules: Path) -> None:

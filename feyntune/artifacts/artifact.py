@@ -1,7 +1,7 @@
-"""Sealed folders: everything durable is a folder whose `manifest.json` was written last.
+"""Artifacts: everything durable is a folder whose `manifest.json` is written last.
 
-A folder without a manifest does not exist; a folder that does not match its manifest is refused with the
-file's name. One mechanism gives atomic writes, corruption detection, lineage and cache keys.
+A folder without a manifest is not an artifact. A folder that does not match its manifest is refused, and the error
+names the file. This gives atomic writes, corruption detection, lineage and cache keys.
 
     with write_artifact(out, kind="split", inputs={"corpus": corpus.digest}, config={...}) as tmp:
         write_files(tmp.path)
@@ -40,7 +40,7 @@ _PACKAGES = (
 
 
 class ArtifactError(UserError):
-    """A folder is not sealed, or does not match its manifest."""
+    """A folder is not an artifact, or does not match its manifest."""
 
 
 class File(BaseModel):
@@ -49,10 +49,10 @@ class File(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a sealed folder holds and how it came about.
+    """The contents of an artifact and how it was made.
 
     `digest` covers kind, files, inputs and config: equal digests mean the same bytes made the same way.
-    `stats` (seconds, hardware, rates) and `packages` describe one making and are left out of it.
+    `stats` (seconds, hardware, rates) and `packages` describe one run of the step and are not covered.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -99,7 +99,7 @@ def _package_versions() -> dict[str, str]:
 
 @dataclass
 class ArtifactWriter:
-    """A folder being written: put files under `path`, figures of the making into `stats`."""
+    """An artifact being written: put files under `path`, and figures of the run into `stats`."""
 
     path: Path
     stats: dict[str, Any] = field(default_factory=dict)
@@ -112,14 +112,14 @@ def write_artifact(
     inputs: dict[str, str] | None = None,
     config: dict[str, Any] | None = None,
 ) -> Iterator[ArtifactWriter]:
-    """Write a folder aside and give it its name only when it is whole; on an error leave nothing behind.
+    """Write a temporary folder and rename it when it is complete; on an error leave nothing behind.
 
     Raises:
-        ArtifactError: `folder` is already there and not empty. Sealed folders are never overwritten.
+        ArtifactError: `folder` exists and is not empty. Artifacts are never overwritten.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} is not empty: sealed folders are never overwritten, choose another folder.")
+        raise ArtifactError(f"{folder} is not empty, and artifacts are never overwritten: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -138,7 +138,7 @@ def write_manifest(
     config: dict[str, Any] | None = None,
     stats: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Hash what lies in `folder`, flush it to disk, and write its manifest last."""
+    """Hash the files of `folder`, flush them to disk, and write the manifest last."""
     config = json.loads(json.dumps(config or {}))  # what is compared is what is stored: plain JSON
     files = {}
     for name in _files(folder):
@@ -169,14 +169,16 @@ def is_artifact(folder: str | Path) -> bool:
 
 
 def parse_manifest(raw: str | bytes, where: str) -> Manifest:
-    """The manifest in `raw`, refused when its own digest does not hold."""
+    """The manifest in `raw`; refused if its own digest does not match."""
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValueError as e:
         raise ArtifactError(f"{where} is not a manifest this version reads: {str(e).splitlines()[0]}.") from e
     expected = _digest(manifest.kind, manifest.files, manifest.inputs, manifest.config)
     if manifest.digest != expected:
-        raise ArtifactError(f"{where} was changed after it was sealed (its digest does not hold): restore the folder.")
+        raise ArtifactError(
+            f"{where} was changed after it was written (its digest does not match): restore the folder."
+        )
     return manifest
 
 
@@ -201,7 +203,7 @@ def open_artifact(folder: str | Path, kind: str | None = None) -> Manifest:
     present = set(_files(folder)) - {MANIFEST}
     for name in sorted(present ^ set(manifest.files)):
         what = "is missing" if name in manifest.files else "is not in the manifest"
-        raise ArtifactError(f"{folder / name} {what}: the folder was changed after it was sealed, restore it.")
+        raise ArtifactError(f"{folder / name} {what}: the artifact was changed after it was written, restore it.")
     for name, file in manifest.files.items():
         path = folder / name
         if path.stat().st_size != file.size or sha256_file(path) != file.sha256:

@@ -1,6 +1,6 @@
 """The store: a local folder (`file://` or a plain path) or a bucket of any S3 server (`s3://bucket/prefix`).
 
-Both speak the same few words. A sealed folder travels file by file with its manifest last, so that in the
+Both have the same few operations. An artifact is copied file by file, its manifest last, so that in the
 store too a folder without a manifest does not exist, and none is ever overwritten.
 """
 
@@ -173,7 +173,7 @@ def creates_atomically(store: Store) -> bool:
 
 
 def push(store: Store, folder: str | Path, name: str) -> Manifest:
-    """Copy a sealed folder into the store under `name`, its manifest last.
+    """Copy an artifact into the store under `name`, its manifest last.
 
     The same folder pushed again is a no-op; a half-pushed one is completed.
 

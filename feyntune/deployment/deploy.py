@@ -1,4 +1,4 @@
-"""Deploy the registry's adapters to KServe: render, apply, prove that the new pods answer; roll back otherwise.
+"""Deploy the registry's adapters to KServe: render, apply, check that the new pods answer; roll back otherwise.
 
 InferenceService      our predictor (CPU or one GPU), which follows the registry by itself
 LLMInferenceService   vLLM, every adapter listed: deploy again after a promotion

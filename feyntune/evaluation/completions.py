@@ -1,7 +1,7 @@
 """Completions of the prompts of abstracts by every system, and what is measured on them.
 
 All systems are completed by one engine (feyntune.engine.api), those of different adapters in the same batch.
-Each shard of papers is written as soon as it is there, so a killed evaluation goes on where it was. A prompt is BOS
+Each shard of papers is written as soon as it is complete, so an interrupted evaluation resumes from it. A prompt is BOS
 and the text, as a document begins in training, and never ends in EOS.
 """
 

@@ -1,7 +1,7 @@
 """Score the base model and its adapters on the test abstracts, one row an abstract, and have them complete some.
 
 Abstracts are tokenized and sorted once, the base is loaded once, and each shard of scores and of completions is
-written as soon as it is there: an evaluation that was killed goes on where it was. A finished one returns without
+written as soon as it is complete: an interrupted evaluation resumes from it. A finished one returns without
 importing torch.
 """
 

@@ -1,4 +1,4 @@
-"""Parts of a table that lie beside a step's output until it is sealed, so that a killed step goes on where it was."""
+"""Parts of a table, kept beside a step's output until it is complete, so that an interrupted step resumes."""
 
 import os
 from pathlib import Path

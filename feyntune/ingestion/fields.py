@@ -9,7 +9,7 @@ from feyntune.artifacts.records import Paper, normal_form
 from feyntune.errors import UserError
 from feyntune.variants import ARCHIVES
 
-# Archives that were closed, and the category that went on in their place (arXiv's category taxonomy).
+# Closed archives and the categories that replaced them (arXiv's category taxonomy).
 SUCCESSORS = {
     "acc-phys": "physics.acc-ph",
     "adap-org": "nlin.AO",

@@ -37,7 +37,7 @@ def ingest(
     delay: float = 3.0,
     state: str | Path | None = None,
 ) -> Manifest:
-    """Read papers from `source` into the sealed folder `out` (kind `corpus`).
+    """Read papers from `source` into the artifact `out` (kind `corpus`).
 
     Args:
         source: `kaggle:FILE`, `oai:URL`, `atom:FILE`, `jsonl:FILE` or `synthetic:N`.

@@ -1,7 +1,7 @@
 """Endpoints that speak OpenAI's protocol: which there are, what they cost, and questions not paid for twice.
 
 Every answer is appended to `.answers/NAME.jsonl` beside the output as it comes, keyed by everything that was sent, so
-a killed run goes on with what is missing. Only answers in flight at a kill can be paid for and lost.
+an interrupted run requests only what is missing. Only answers in flight at a kill can be paid for and lost.
 """
 
 import fcntl

@@ -2,7 +2,7 @@
 
     bucket NAME                 make the bucket, unless it is there
     restrict-namespace NAME     label a namespace so that Pod Security admits only restricted pods
-    check-store s3://BUCKET     a sealed folder goes to the store and comes back, every byte checked
+    check-store s3://BUCKET     copy an artifact to the store and back, and compare every byte
     check-kubeflow URL          the Kubeflow Pipelines API answers
     check-endpoint URL          the endpoint completes a prompt, in the version of this image
     check-rollout JSON          the endpoint's Deployment runs the image and arguments asked for, and no old pods

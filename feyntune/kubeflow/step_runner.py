@@ -71,7 +71,7 @@ class Runner:
         parameters = given.get("inputs", {}).get("parameterValues", {})
         with self._lock:
             if self._stopped:
-                return 1  # the pool of Kubeflow's runner goes on with the branches that wait
+                return 1  # the pool of Kubeflow's runner continues with the waiting branches
             self._number += 1
             module = self._folder / str(self._number) / "ephemeral_component.py"
         module.parent.mkdir()

@@ -1,7 +1,7 @@
 """Which adapters answer to which names now, following the registry while requests run.
 
 A version is fetched, checked and loaded before any name means it; until then, and for good where it is refused,
-the name goes on meaning what it meant. A version that no name means any longer is unloaded once its last request
+the name keeps its meaning. A version that no name means any longer is unloaded once its last request
 has ended.
 """
 

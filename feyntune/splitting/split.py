@@ -41,7 +41,7 @@ def split(
 ) -> Manifest:
     """Assign every paper of `corpus` to a split, draw the mixtures and audit the result into `out`.
 
-    Leaves a sealed folder of kind `split`: `papers.parquet` (SCHEMA plus `split` and `cluster`),
+    Writes an artifact of kind `split`: `papers.parquet` (SCHEMA plus `split` and `cluster`),
     `mixtures.parquet` (`mixture`, `split`, `id`, in drawing order) and `audit.json`.
 
     Args:

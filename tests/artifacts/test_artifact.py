@@ -92,7 +92,7 @@ def test_a_manifest_edited_by_hand_is_refused(tmp_path, field):
     manifest = json.loads(path.read_text())
     manifest[field] = {"kind": "x", "inputs": {}, "config": {"n": 9}, "digest": "0" * 64}[field]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="changed after it was sealed"):
+    with pytest.raises(ArtifactError, match="changed after it was written"):
         open_artifact(tmp_path / "f")
 
 

@@ -203,7 +203,7 @@ def test_a_write_that_died_leaves_nothing_that_is_listed(tmp_path):
 
 @contextlib.contextmanager
 def _answering(*answers):
-    """A store's address whose requests get these answers, (status, content type), in turn, then the last for ever.
+    """A store's address whose requests get these answers, (status, content type), in turn, then the last forever.
 
     Yields the store, which tries twice, and the list of methods asked.
     """

@@ -22,8 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
         "kubeflow": {"mode": "profile", "pipelineRoot": "s3://feyntune/kubeflow"},
         "podSecurity": {"labelNamespace": False},
     },
-    "on an S3 server of one's own": {"objectStore": EXTERNAL, "hub": {"token": SECRETS["token"]}},
-    "with Secrets of one's own": {
+    "on an external S3 server": {"objectStore": EXTERNAL, "hub": {"token": SECRETS["token"]}},
+    "with existing Secrets": {
         "objectStore": {**EXTERNAL, "credentials": {"existing": True}},
         "hub": {"existing": True},
     },
@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "serving": {"keysSecret": "keys", "replicas": 3, "canaryShare": 0.1},
         "networkPolicy": {"servingFrom": [{"namespaceSelector": {"matchLabels": {"team": "physics"}}}]},
     },
-    "with a queue and a volume of one's own": {
+    "with an existing queue and volume": {
         "kueue": {"enabled": True, "clusterQueue": "shared"},
         "objectStore": {"persistence": {"existingClaim": "mine"}, "credentials": GIVEN},
     },

@@ -125,7 +125,7 @@ def test_secret_values_are_in_secrets_and_nowhere_else(rendered, case):
 
 def test_a_token_that_was_given_is_in_its_secret(rendered):
     for namespace in ("feyntune", "kubeflow"):
-        secrets = [o for o in rendered["on an S3 server of one's own"]
+        secrets = [o for o in rendered["on an external S3 server"]
                  if o["kind"] == "Secret" and o["metadata"]["namespace"] == namespace]  # fmt: skip
         data = {k: base64.b64decode(v).decode() for o in secrets for k, v in o["data"].items()}
         assert data == {
@@ -146,7 +146,7 @@ def test_drawn_keys_are_the_same_in_both_namespaces_and_new_for_each_installatio
 
 
 def test_secrets_of_ones_own_are_used_and_not_made(rendered):
-    objects = rendered["with Secrets of one's own"]
+    objects = rendered["with existing Secrets"]
     assert "Secret" not in kinds(objects)
     job = next(spec for name, spec in pods(objects).items() if "bucket" in name)
     assert job["containers"][0]["env"][1]["valueFrom"]["secretKeyRef"] == {
@@ -410,7 +410,7 @@ def test_network_policies_deny_first_and_leave_every_pod_its_doors(rendered):
 
 
 def test_network_policies_open_the_port_of_an_external_store(rendered):
-    objects = rendered["on an S3 server of one's own"]
+    objects = rendered["on an external S3 server"]
     assert named(objects, "NetworkPolicy", "feyntune-to-store")["spec"]["egress"] == [
         {"ports": [{"port": 9000, "protocol": "TCP"}]}
     ]
@@ -530,7 +530,7 @@ def test_volumes_and_drawn_keys_stay_unless_told_otherwise(rendered):
     given_up = named(rendered["with the least"], "PersistentVolumeClaim")
     assert "annotations" not in given_up["metadata"]
     assert given_up["spec"]["storageClassName"] == "fast"
-    assert "PersistentVolumeClaim" not in kinds(rendered["with a queue and a volume of one's own"])
+    assert "PersistentVolumeClaim" not in kinds(rendered["with an existing queue and volume"])
 
 
 @pytest.mark.parametrize(

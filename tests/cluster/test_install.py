@@ -309,11 +309,11 @@ while True:
     try:
         answer = requests.post(url, json={"model": "champion", "prompt": "We", "max_tokens": 4}, timeout=60)
         ok = answer.status_code == 200
-        said = "" if ok else f"{answer.status_code} {answer.text[:200]}"
+        reason = "" if ok else f"{answer.status_code} {answer.text[:200]}"
     except requests.RequestException as e:
-        ok, said = False, repr(e)
+        ok, reason = False, repr(e)
     done += 1
-    print("ok" if ok else f"failed {said}", flush=True)
+    print("ok" if ok else f"failed {reason}", flush=True)
     time.sleep(0.2)
 """
 

@@ -381,7 +381,7 @@ def test_a_gated_hub_base_gets_the_hubs_secret_where_it_exists(kube, registry):
 
 
 def test_an_image_that_cannot_be_pulled_is_not_deployed(kube, registry, monkeypatch):
-    """KServe goes on reporting Ready: the old pod answers."""
+    """KServe keeps reporting Ready: the old pod answers."""
     go(kube, spec(registry))
     logged = []
     monkeypatch.setattr("feyntune.deployment.deploy.log.info", lambda text, *args: logged.append(text % args))

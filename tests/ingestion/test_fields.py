@@ -38,7 +38,7 @@ def test_dead_archives_are_mapped_to_their_successor(dead):
 
 def test_an_archive_takes_its_categories_and_nothing_that_only_looks_like_it():
     cs, bio, exact = CategoryFilter(["cs"]), CategoryFilter(["q-bio"]), CategoryFilter(["cs.LG"])
-    assert all(cs.accepts(c) for c in ("cs", "cs.LG", "cmp-lg"))  # cmp-lg was closed and went on as cs.CL
+    assert all(cs.accepts(c) for c in ("cs", "cs.LG", "cmp-lg"))  # cmp-lg was replaced by cs.CL
     assert not any(cs.accepts(c) for c in ("physics.optics", "physics.comp-ph", "math-cs", "csx.LG", "econ.cs"))
     assert [bio.accepts(c) for c in ("q-bio", "q-bio.NC", "bio.NC")] == [True, True, False]
     assert [exact.accepts(c) for c in ("cs.LG", "cs", "cs.LGX")] == [True, False, False]

@@ -119,7 +119,7 @@ def test_after_an_expired_token_an_unordered_list_is_begun_again(tmp_path):
 def test_a_server_that_never_accepts_its_tokens_is_given_up(tmp_path):
     s = server(faults=dict.fromkeys(range(2, 40), "expired"))
     for record in s.records:
-        record.datestamp = "2020-01-01"  # so that going on from the last day never gets further
+        record.datestamp = "2020-01-01"  # so that resuming from the last day makes no progress
     with s.running(), pytest.raises(UserError, match="resumptionTokens"):
         harvest(tmp_path, s.url)
 

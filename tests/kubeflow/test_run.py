@@ -129,16 +129,16 @@ def test_after_ctrl_c_everything_ends_and_the_same_command_resumes(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    said = []
+    output = []
     for line in process.stderr:
-        said.append(line)
+        output.append(line)
         if "evaluate base  " in line:  # finished; the variant is next
             os.killpg(process.pid, signal.SIGINT)
             break
-    said.append(process.stderr.read())
+    output.append(process.stderr.read())
     assert process.wait() == EXIT_INTERRUPTED
-    assert "Run the same command to resume" in "".join(said)
-    assert "Traceback" not in "".join(said)
+    assert "Run the same command to resume" in "".join(output)
+    assert "Traceback" not in "".join(output)
     assert not (tmp_path / "latest").exists()
     with pytest.raises(ProcessLookupError):  # no process of the run is left
         os.killpg(process.pid, 0)
@@ -167,8 +167,8 @@ def test_bad_input_costs_neither_torch_nor_a_folder(tmp_path: Path) -> None:
         ["--set", "train.a=1"],
     ):
         command = [sys.executable, "-c", code, "run", "--workdir", str(tmp_path / "never"), *wrong]
-        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        assert said.startswith("False ")
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        assert output.startswith("False ")
     assert not (tmp_path / "never").exists()
 
 

@@ -32,15 +32,19 @@ def cache(tmp_path, monkeypatch):
 
 def tensors(model):
     """Everything that a forward pass reads, quantization states unfolded."""
-    found = {}
+    result = {}
     for name, parameter in model.named_parameters():
-        found[name] = parameter.data
+        result[name] = parameter.data
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            found |= {f"{name}.absmax": state.absmax, f"{name}.nested": state.state2.absmax, f"{name}.code": state.code}
-            found[f"{name}.offset"] = state.offset
+            result |= {
+                f"{name}.absmax": state.absmax,
+                f"{name}.nested": state.state2.absmax,
+                f"{name}.code": state.code,
+            }
+            result[f"{name}.offset"] = state.offset
             assert (state.dtype, state.blocksize, state.quant_type) == (torch.float32, 64, "nf4")
-    return found
+    return result
 
 
 def test_a_quantized_copy_has_the_bits_of_quantizing_on_load(original, s3, cache):

@@ -126,7 +126,7 @@ def test_a_registry_written_without_conditional_writes_is_read_and_continued(tmp
     new.promote(two[0].name)
     assert new.aliases() == old.aliases()
     assert new.aliases()["previous"] == one[0].name
-    old.rollback()  # a writer of either kind goes on
+    old.rollback()  # a writer of either kind can continue
     assert new.aliases()["champion"] == one[0].name
 
 

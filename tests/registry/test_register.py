@@ -91,9 +91,9 @@ def test_a_title_does_not_change_hands_on_a_gain_in_another_precision(tmp_path):
     old = later(tmp_path, {QKV: GOOD}, 1)
     first = register(*old, uri)
     new, made = later(tmp_path, {ALL: BETTER}, 2, conditions=bf16)
-    kept = register(new, made, uri)
-    assert kept.champion_version == first.champion_version
-    assert "the champion was measured otherwise, in precision (bf16, not fp32)" in kept.variants[ALL].reasons[0]
+    second = register(new, made, uri)
+    assert second.champion_version == first.champion_version
+    assert "the champion was measured otherwise, in precision (bf16, not fp32)" in second.variants[ALL].reasons[0]
     # The older one is measured again, as the newer: now they compare.
     both = make_comparison(tmp_path / "both", old[1] | made, {QKV: GOOD, ALL: BETTER}, conditions=bf16)
     again = register(both, old[1] | made, uri)

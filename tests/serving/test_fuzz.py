@@ -1,4 +1,4 @@
-"""The whole API from its own OpenAPI description: whatever is sent, no 5xx, no hang, and the server goes on."""
+"""The whole API from its own OpenAPI description: whatever is sent, no 5xx, no hang, and the server keeps answering."""
 
 import os
 

@@ -100,8 +100,8 @@ def test_opinions_on_other_completions_are_refused(tmp_path, given, evaluations,
 LOOK = """
 const width = arguments[0];
 const box = (e) => e.getBoundingClientRect();
-const mine = [...document.querySelectorAll("section")].filter((s) => ["Study", "Judges"].includes(s.querySelector("h2")?.innerText));
-return mine.map((s) => ({
+const sections = [...document.querySelectorAll("section")].filter((s) => ["Study", "Judges"].includes(s.querySelector("h2")?.innerText));
+return sections.map((s) => ({
   name: s.querySelector("h2").innerText,
   outside: [...s.querySelectorAll("p, svg, figure, h2, h3, pre, .scroll")].filter((e) => box(e).right > width + 1).map((e) => e.tagName),
   bars: [...s.querySelectorAll("svg .bar")].map((e) => box(e).left >= 0 && box(e).right <= width),

@@ -102,8 +102,8 @@ capabilities: {drop: [ALL]}
 {{- .Values.serving.registry | default (printf "s3://%s/registry" .Values.objectStore.bucket) -}}
 {{- end -}}
 
-{{- /* Secrets of one's own have the names of the documentation; those the chart makes carry the release's name, so that
-two releases can share a namespace for runs. */ -}}
+{{- /* Existing Secrets have the documented names. Secrets that the chart creates have the release's name, so that two
+releases can share a namespace for runs. */ -}}
 {{- define "feyntune.s3Secret" -}}
 {{- if .Values.objectStore.credentials.existing }}feyntune-s3{{ else }}{{ include "feyntune.fullname" . }}-s3{{ end -}}
 {{- end -}}

@@ -31,7 +31,7 @@ export interface Settings {
   seed: number;
 }
 
-/** The body of a request: to go on from a prompt, or with `echo` to say how well it is foreseen. */
+/** The body of a request: to continue a prompt, or with `echo` to score it. */
 export interface Call extends Partial<Settings> {
   model: string;
   prompt: string;

@@ -254,7 +254,7 @@ function Workbench() {
         {results.length === 0 && (
           <div class="empty quiet">
             <p>
-              <b>Complete</b> lets each system go on from your text, with the same settings and the same seed.
+              <b>Complete</b> lets each system continue your text, with the same settings and the same seed.
             </p>
             <p>
               <b>Score</b> shows how well each system predicts the text itself: its perplexity, and token by token what an
