@@ -236,7 +236,9 @@ def _link_evaluations(folder: Path, summary: dict[str, Any], recipe: dict[str, A
     links.mkdir()
     for name in [BASE, *summary["variants"]]:
         _, branch = variant_keys(summary["split"]["digest"], f"base@{summary['base']['digest']}", recipe, name)
-        (links / slug(name)).symlink_to(Path("..", "..", "store", branch, "evaluation"))
+        evaluation = Path("..", "..", "store", branch, "evaluation")
+        if (links / evaluation).is_dir():  # of a variant with several seeds each training has its own
+            (links / slug(name)).symlink_to(evaluation)
 
 
 def _add_registration(summary: dict[str, Any], registration: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ class RunView:
         for step in list(self._running.values()):
             total = step.progress.get("total")
             table = Table.grid(padding=(0, 1))
-            bar = ProgressBar(total or None, step.progress.get("done", 0), width=20, pulse=not total)
+            bar = ProgressBar(total or None, step.progress.get("done", 0), width=16, pulse=not total)
             table.add_row(Text(f"{step.number:>3}/{self._total}  {step.name:<44}"), bar, f"{step.seconds:.0f} s")
             lines += [table, Text(f"        {step.doing()}", style="dim", no_wrap=True, overflow="ellipsis")]
         return Group(*lines, Text(f"{time.monotonic() - self._started:.0f} s. {STOP}", style="dim", no_wrap=True))

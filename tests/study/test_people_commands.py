@@ -62,6 +62,19 @@ def test_from_completions_to_judgments_and_scores(evaluation, tmp_path, monkeypa
         assert path.is_dir() or b"sk-1" not in path.read_bytes(), path
 
 
+def test_a_folder_of_evaluations_stands_for_all_of_them(tmp_path):
+    for name in ("base", "qkv"):  # as runs/latest/evaluations has them: links
+        system = {"base": lambda n: f"poor {n}"} if name == "base" else {QKV: lambda n: f"fair {n}"}
+        make_evaluation(tmp_path / "store" / name, system)
+        (tmp_path / "evaluations").mkdir(exist_ok=True)
+        (tmp_path / "evaluations" / name).symlink_to(tmp_path / "store" / name)
+    run("study", "make", "--completions", tmp_path / "evaluations", "--rater", "a",
+        "--out", tmp_path / "study", "--key", tmp_path / "key")  # fmt: skip
+    sheet = (tmp_path / "study" / "sheets" / "a.csv").read_text()
+    assert "poor" in sheet
+    assert "fair" in sheet
+
+
 def test_settings_that_cannot_be_are_named(evaluation, tmp_path):
     make = ["study", "make", "--completions", evaluation, "--out", tmp_path / "s", "--key", tmp_path / "k"]
     with pytest.raises(UserError, match=r"raters: rater 'a/b'"):
