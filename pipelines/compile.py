@@ -1,8 +1,10 @@
 """Compile the pipelines to YAML: `compiled/suite.yaml` and `compiled/variant.yaml`.
 
-make compile    write compiled/*.yaml anew (a test fails when they are stale)
+make compile                        write compiled/*.yaml (a test fails when they are stale)
+python -m pipelines.compile FOLDER  write them into another folder
 """
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,5 +37,5 @@ def compile_all(folder: Path = COMPILED) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    for path in compile_all():
+    for path in compile_all(*map(Path, sys.argv[1:2])):
         print(f"{path}  {path.stat().st_size:,} bytes")
