@@ -216,6 +216,7 @@ UNIT = {
     "test_packaging.py",
     "test_telemetry.py",
     "test_variants.py",
+    "test_words.py",
 }
 
 
