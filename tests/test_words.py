@@ -8,18 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [
-    ".ci",
-    ".github",
-    "benchmarks",
-    "charts",
-    "components",
-    "docs",
-    "feyntune",
-    "images",
-    "manifests",
-    "pipelines",
+    *(".ci", ".github", "benchmarks", "charts", "components", "docs", "feyntune", "images", "manifests", "pipelines"),
+    "tests",
 ]
-FOLDERS += ["tests"]
 TEXT = re.compile(r"\.(py|md|yaml|yml|tpl|txt|sh|jinja|css|js|ts|tsx|json|toml|ipynb|cff)$|Dockerfile|Makefile")
 # Data, other projects' words, and the two files that must name the old ones.
 SKIP = re.compile(
@@ -41,7 +32,7 @@ WORDS = [
     (r"\bknobs?\b", EVERYWHERE, "setting"),
     (r"\bset_aside\b|\bin_part\b|\bBook\b", CODE, "archive_partial, partial_path, ScoreStore"),
     (r"\bWORDS\b(?! = \[)|\bloss_words\b|\bGPU_WORDS\b", CODE, "SHINGLE_WORDS, vocab_chunk_size"),
-    (r"\bdecisive\b|\bfair_\w+", CODE, "primary_category, truncated_*"),
+    (r"\bdecisive\b|\bfair_(?!queue)\w+", CODE, "primary_category, truncated_*"),
     (r"\bfailure_as_data\b|\bbudgeted\b|\bbest_device\b|\bcheck_fit\b", CODE, "see the changelog of 0.2.0"),
     (r"\brooms?\b(?! )|\bhouse\b", PROSE, "package, pipeline step"),
     # prose

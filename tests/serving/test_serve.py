@@ -234,12 +234,12 @@ def test_a_given_template_makes_a_base_chat_and_pages_of_a_named_origin_may_ask(
     options = {"chat_template": str(template), "cors_origins": origins, "keys_file": str(keys)}
     with serving(registry.store.uri, tiny_base, **SMALL, **options) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret", max_retries=0)
-        said = client.chat.completions.create(
+        choice = client.chat.completions.create(
             model="champion", messages=[{"role": "user", "content": "The soup"}], max_tokens=4,
             logprobs=True, top_logprobs=2, temperature=0,
         ).choices[0]  # fmt: skip
-        assert said.message.content
-        assert all(len(t.top_logprobs) == 2 for t in said.logprobs.content)
+        assert choice.message.content
+        assert all(len(t.top_logprobs) == 2 for t in choice.logprobs.content)
         path = f"{running.url}/openai/v1/completions"
         for origin, allowed in ((origins[0], True), ("https://other.example", False)):
             preflight = {"Origin": origin, "Access-Control-Request-Method": "POST"}

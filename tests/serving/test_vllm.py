@@ -138,11 +138,11 @@ def test_adapters_are_checked_kept_while_used_and_given_up_after(tiny_base, adap
             with pytest.raises(NoFreeSlotError):
                 await engine.load_adapter("four", four)
             generation = engine.submit("one", PROMPT, Sampling(60, ignore_eos=True))
-            kept = engine.process.adapters / "one"
+            copy = engine.process.adapters / "one"
             engine.unload_adapter("one")
-            assert kept.is_dir()
+            assert copy.is_dir()
             assert len(await collect(generation)) == 60
-            await until(lambda: not kept.exists() and not engine._tasks)
+            await until(lambda: not copy.exists() and not engine._tasks)
             with pytest.raises(KeyError):
                 engine.submit("one", PROMPT, Sampling(1))
             for folder, why in ((large, "too large"), (foreign, "layers.9")):

@@ -87,9 +87,9 @@ def test_tokens_and_log_probabilities_equal_the_builtin_engines(on_vllm, adapter
             engine.stop()
 
     expected = asyncio.run(builtin())
-    found = on_vllm(lambda engine: everything(engine, prompts))
-    for theirs, ours in zip(found, expected, strict=True):
-        for a, b in zip(theirs, ours, strict=True):
+    results = on_vllm(lambda engine: everything(engine, prompts))
+    for result, reference in zip(results, expected, strict=True):
+        for a, b in zip(result, reference, strict=True):
             assert [t.id for t in a] == [t.id for t in b]
             assert [t.logprob for t in a] == pytest.approx([t.logprob for t in b], abs=1e-4)
             assert [[i for i, _ in t.top] for t in a] == [[i for i, _ in t.top] for t in b]
