@@ -56,6 +56,7 @@ VERSIONED_FILES = {
         "evaluation/completions.py",
         "evaluation/evaluate.py",
         "evaluation/prompts.py",
+        "evaluation/retention.py",
         "evaluation/scoring.py",
     ),
 }

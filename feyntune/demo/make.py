@@ -22,6 +22,16 @@ def demo_texts(physics_share: float = PHYSICS_SHARE, texts: int = TEXTS) -> list
     return [*everyday_texts(other, seed=0), *(normal_form(record["abstract"]) for record in records)]
 
 
+def retention_texts(texts: int = 64) -> dict[str, list[str]]:
+    """The shipped retention sets (feyntune/evaluation/retention_texts): prose and science as the base was trained on,
+    but not the same documents."""
+    records = synthetic_records(texts, seed=12, categories=("other",))
+    return {
+        "everyday": list(everyday_texts(texts, seed=11)),
+        "other-sciences": [normal_form(record["abstract"]) for record in records],
+    }
+
+
 def make_demo_base(out: str | Path, physics_share: float = PHYSICS_SHARE, steps: int = STEPS) -> Manifest:
     """Train the tiny Llama of the demonstration: 4 layers, 4 heads of 32 dimensions (what vLLM's kernels need), bf16.
 

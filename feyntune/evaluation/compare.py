@@ -16,6 +16,7 @@ from feyntune.evaluation import completion_stats, human_and_judge_sections, seed
 from feyntune.evaluation.config import CompareConfig, primary_category
 from feyntune.evaluation.evaluate import category_of
 from feyntune.evaluation.report import render
+from feyntune.evaluation.retention import SPLIT as RETENTION
 from feyntune.evaluation.tables import table, to_markdown
 from feyntune.names import BASE, slug
 
@@ -262,12 +263,14 @@ def _failure(folder: str | Path) -> dict[str, str]:
 
 @dataclass
 class _Groups:
-    """Masks over the scored abstracts: the primary category's test set, its hold-out, and each category's test set."""
+    """Masks over the scored texts: the primary category's test set, its hold-out, each category's test set, and the
+    retention sets."""
 
     category: str
     primary: np.ndarray
     holdout: np.ndarray
     categories: dict[str, np.ndarray]
+    retention: dict[str, np.ndarray]
 
 
 def _groups(base: _System, config: CompareConfig) -> _Groups:
@@ -276,9 +279,11 @@ def _groups(base: _System, config: CompareConfig) -> _Groups:
     if category not in (*scored, None):
         raise UserError(f"No abstract of {category} was scored, only {', '.join(scored)}: choose one of those.")
     of = np.array([category_of(primary, scored) for primary in base.scores["primary"]])
-    test, chosen = base.scores["split"] == "test", np.ones(len(of), bool) if category is None else of == category
+    split, chosen = base.scores["split"], np.ones(len(of), bool) if category is None else of == category
+    test, holdout, distant = split == "test", split == "holdout", split == RETENTION
     by_category = {c: test & (of == c) for c in scored}
-    return _Groups(category or "+".join(scored), test & chosen, ~test & chosen, by_category)
+    sets = {name: distant & (base.scores["primary"] == name) for name in sorted(set(base.scores["primary"][distant]))}
+    return _Groups(category or "+".join(scored), test & chosen, holdout & chosen, by_category, sets)
 
 
 def _measure(systems: dict[str, _System], groups: _Groups, config: CompareConfig) -> dict[str, Any]:
@@ -296,6 +301,11 @@ def _measure(systems: dict[str, _System], groups: _Groups, config: CompareConfig
     if groups.holdout.sum() >= 2:
         holdout_figures = _figures(systems, groups.holdout, config)
         result["holdout"] = {"abstracts": int(groups.holdout.sum()), "systems": holdout_figures}
+    if groups.retention:
+        result["retention"] = {
+            name: {"abstracts": int(rows.sum()), "systems": _figures(systems, rows, config)}
+            for name, rows in groups.retention.items()
+        }
     if len(groups.categories) > 1:
         result["transfer"] = {
             category: {"abstracts": int(rows.sum()), "systems": _figures(systems, rows, config)}

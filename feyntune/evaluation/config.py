@@ -1,5 +1,6 @@
 """Settings of the evaluate step and of the comparison. No heavy imports: they are checked before a run starts."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -68,6 +69,10 @@ class CompletionsConfig(BaseModel):
         return value
 
 
+_SHIPPED = "package:feyntune/evaluation/retention_texts"
+RETENTION = {name: f"{_SHIPPED}/{name}.jsonl" for name in ("everyday", "other-sciences")}
+
+
 class EvaluateConfig(BaseModel):
     """What is scored, and how."""
 
@@ -88,9 +93,24 @@ class EvaluateConfig(BaseModel):
     tokens_per_head: int = Field(
         512, ge=1, description="Tokens whose logits exist at one time (tokens x vocabulary x 4 bytes)."
     )
+    retention: Annotated[dict[str, str] | None, BeforeValidator(_off)] = Field(
+        RETENTION,
+        description="Texts far from the mixtures by name: JSON lines files with a `text` a line (a path, "
+        "`s3://BUCKET/FILE`, or `package:NAME/FILE`). How much worse a variant is on them is in the transfer matrix, "
+        "and the gate may limit it. The contents of a file should not change under its name. `false`: none.",
+    )
+    retention_texts: int = Field(64, ge=2, description="Maximum texts of each retention set.")
     completions: Annotated[CompletionsConfig | None, BeforeValidator(_off)] = Field(
         CompletionsConfig(), description="What is completed, and how; `false` measures perplexity alone."
     )
+
+    @field_validator("retention")
+    @classmethod
+    def _names(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        for name in value or {}:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"{name!r} is no name of a retention set: use letters, digits, '-', '.' and '_'")
+        return value
 
 
 class CompareConfig(BaseModel):

@@ -22,6 +22,7 @@ from feyntune.conditions import CONDITIONS, Conditions
 from feyntune.errors import UserError
 from feyntune.evaluation import completions
 from feyntune.evaluation.config import EvaluateConfig
+from feyntune.evaluation.retention import retention_papers
 from feyntune.evaluation.shards import read_shard, write_shard
 from feyntune.model.base import pin_base, split_pin
 from feyntune.names import BASE, slug
@@ -31,7 +32,7 @@ SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("primary", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),  # test, or holdout (newer than the base's knowledge)
+        pa.field("split", pa.string(), nullable=False),  # test, holdout (newer than the base's knowledge), retention
         pa.field("n_tokens", pa.int32(), nullable=False),  # predicted tokens of the text: neither BOS nor EOS
         pa.field("nll_text", pa.float64(), nullable=False),  # nats, summed over those tokens
         pa.field("nll_eos", pa.float64(), nullable=False),  # nats, of the EOS after them
@@ -80,6 +81,8 @@ def evaluate(
         inputs[name] = _checked_adapter(name, adapters[name], inputs["base"])
     papers = test_papers(data, config.categories)
     inputs["test"] = test_digest(papers)
+    distant = retention_papers(config.retention, config.retention_texts)
+    papers = pa.concat_tables([papers, distant.select(papers.column_names).cast(papers.schema)]).sort_by("id")
 
     if (out / MANIFEST).is_file():
         done = open_artifact(out, "evaluation")
@@ -212,6 +215,7 @@ class _Scorer:
     def score(self, system: str, adapter: str | Path | None, digest: str | None) -> pa.Table:
         """Scores of one system as SCHEMA, sorted by id."""
         key = {"base": split_pin(self.base)[1], "adapter": digest, **self.conditions.model_dump()}
+        key |= {"texts": test_digest(self.papers)}
         key |= self.config.model_dump(mode="json", exclude={"include_base", "categories", "completions"})
         shards = self.folder / f".scores-{sha256_json(key)[:16]}"
         shards.mkdir(parents=True, exist_ok=True)

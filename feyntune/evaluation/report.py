@@ -162,10 +162,10 @@ def _forest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _transfer(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Perplexity of every system on every category, and the change against the base in percent."""
-    if "transfer" not in summary:
+    """Perplexity of every system on every category and retention set, and the change against the base in percent."""
+    result = {**summary.get("transfer", {}), **summary.get("retention", {})}
+    if not result:
         return None
-    result = summary["transfer"]
     lines = []
     for name in (r["system"] for r in rows):
         cells = []

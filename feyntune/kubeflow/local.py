@@ -27,6 +27,7 @@ import yaml
 from feyntune.artifacts.names import expand
 from feyntune.demo import copy_demo_base
 from feyntune.errors import Interrupted, UserError
+from feyntune.evaluation.retention import absolute_sources
 from feyntune.keys import variant_keys
 from feyntune.kubeflow.adapt import COMPILED
 from feyntune.kubeflow.preflight import check_input, refuse_null
@@ -84,6 +85,7 @@ def run(
     refuse_null(serving or {}, "serving")
     if base is None:
         recipe = merge(TINY_RECIPE, recipe)
+    recipe = absolute_sources(recipe)
     source, workdir = _absolute(source), workdir.resolve()
     registry = (workdir / "registry").as_uri()
     days = {"until": until, "after": after}

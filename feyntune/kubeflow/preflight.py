@@ -78,6 +78,7 @@ def check_input(
         UserError: an unknown variant or setting, a day that is none, test categories that are not ingested, a source
             that is not there, a serving description that no endpoint can have.
     """
+    from feyntune.evaluation.retention import retention_papers
     from feyntune.ingestion.fields import CategoryFilter, parse_day
 
     names = select_variants(variants)
@@ -98,6 +99,7 @@ def check_input(
                 f"(categories: {', '.join(sorted(ingested.names or ()))})."
             )
     source_fingerprint(source)
+    retention_papers(evaluate.retention, evaluate.retention_texts)  # a set that cannot be read is found here
     if serving:
         from feyntune.deployment.deploy import serving_of_run
 

@@ -53,6 +53,10 @@ def model_card(
         f"Variant minus base, paired over abstracts: {_figure(delta.mean)}, "
         f"95 % interval [{_figure(delta.low)}, {_figure(delta.high)}] (below zero is better).",
         *([] if measured.memorization is None else [f"Memorization: {_figure(measured.memorization)}."]),
+        *(
+            f"On {where}: perplexity {c.mean:+.3g} % against the base, 95 % interval [{c.low:+.3g}, {c.high:+.3g}] %."
+            for where, c in measured.changes.items()
+        ),
         "Gate: " + ("passed" if gate.passed else "refused") + ".",
         "\n".join(f"- {c.clause}: {c.message}" for c in gate.clauses),
         "## Trained",

@@ -5,6 +5,7 @@
     margin_over_base: 0.0        # perplexity by which the interval must clear the base
     minimum_abstracts: 30
     maximum_memorization: 0.01   # leave out not to ask for it
+    maximum_increase: {everyday: 5}  # percent; leave out not to ask for it
     margin_over_champion: 0.0
     on_incomparable_champion: replace  # or keep: when the champion was measured on another test set or base
 
@@ -14,7 +15,7 @@ evaluation; feyntune.conditions) is kept, whatever the policy: measure it again,
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -59,6 +60,7 @@ class Measured(BaseModel):
     perplexity: Perplexity
     delta: Interval  # variant minus base: below zero is better
     conditions: Conditions | None = None
+    changes: dict[str, Interval] = {}  # on other categories and retention sets, in percent of the base's perplexity
     # Events before 0.2 spell it with an s.
     memorization: FiniteFloat | None = Field(None, validation_alias=AliasChoices("memorization", "memorisation"))
 
@@ -78,6 +80,7 @@ class Policy(BaseModel):
     margin_over_base: FiniteFloat = Field(0.0, ge=0)
     minimum_abstracts: int = Field(30, ge=1)
     maximum_memorization: FiniteFloat | None = Field(None, ge=0, le=1)
+    maximum_increase: dict[str, Annotated[FiniteFloat, Field(ge=0)]] = {}
     margin_over_champion: FiniteFloat = Field(0.0, ge=0)
     on_incomparable_champion: Literal["replace", "keep"] = "replace"
 
@@ -160,6 +163,7 @@ def check_gate(measured: Measured, policy: Policy) -> GateResult:
     ]
     if policy.maximum_memorization is not None:
         clauses.append(_memorization(measured.memorization, policy.maximum_memorization))
+    clauses += [_increase(name, measured.changes.get(name), limit) for name, limit in policy.maximum_increase.items()]
     return GateResult(policy=policy.digest, clauses=clauses)
 
 
@@ -212,3 +216,15 @@ def _memorization(share: float | None, limit: float) -> Clause:
     else:
         message = f"memorization is {share:.4g}, the policy allows {limit:.4g}"
     return Clause(clause="maximum_memorization", passed=share is not None and share <= limit, message=message)
+
+
+def _increase(name: str, change: Interval | None, limit: float) -> Clause:
+    """The upper end of the interval counts: what was measured on few texts is no proof that nothing was forgotten."""
+    passed = change is not None and change.high <= limit
+    if change is None:
+        message = f"{name} was not measured, the policy allows an increase of at most {limit:.4g} %"
+    else:
+        message = f"perplexity on {name} changes by {change.mean:+.4g} % (95 % interval up to {change.high:+.4g} %)"
+        message += f", the policy allows at most {limit:.4g} %"
+        message += "" if passed else f": {change.high - limit:.4g} too much"
+    return Clause(clause=f"maximum_increase on {name}", passed=passed, message=message)

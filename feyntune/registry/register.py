@@ -199,6 +199,8 @@ class _Summary(BaseModel):
     base: _Base
     test: _Test
     conditions: Conditions | None = None  # comparisons before 0.2 have none
+    transfer: dict[str, Any] = {}
+    retention: dict[str, Any] = {}
     variants: dict[str, dict[str, Any]]
     failures: list[_Failure] = []
     completions: _Completions = _Completions()
@@ -233,6 +235,7 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
             perplexity=variant.perplexity,
             delta=variant.delta,
             conditions=summary.conditions,
+            changes=_changes(summary, name),
             memorization=variant.memorization,
         )
     except ValidationError as e:
@@ -280,6 +283,16 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
         examples=[example.prompt for example in summary.completions.examples],
         gate=gate,
     )
+
+
+def _changes(summary: _Summary, name: str) -> dict[str, Interval]:
+    """The variant's change on every other category and retention set, in percent of the base's perplexity there."""
+    changes = {}
+    for where, measured in {**summary.transfer, **summary.retention}.items():
+        systems = measured["systems"]
+        base = systems["base"]["perplexity"]["abstract_mean"]
+        changes[where] = Interval(**{k: 100 * systems[name]["delta"][k] / base for k in ("mean", "low", "high")})
+    return changes
 
 
 def _promote(registry: Registry, names: list[str], policy: Policy) -> State:

@@ -103,7 +103,7 @@ def test_in_a_browser_everything_is_visible_and_nothing_is_fetched(tmp_path, com
 SECTIONS = [
     "Failed branches",
     "Perplexity",
-    "Transfer to other categories",
+    "Transfer and retention",
     "At equal compute",
     "Learning curves",
     "Completions",

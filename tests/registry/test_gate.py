@@ -99,6 +99,16 @@ def test_memorization_is_held_against_its_maximum_and_must_have_been_measured(sh
     assert check_gate(measured(memorization=share), Policy()).passed
 
 
+def test_a_variant_may_not_forget_more_than_the_policy_allows():
+    policy = Policy(maximum_increase={"everyday": 5})
+    passes = lambda change: check_gate(measured().model_copy(update={"changes": change}), policy)
+    assert passes({"everyday": Interval(mean=2, low=-1, high=5)}).passed
+    refused = passes({"everyday": Interval(mean=4, low=2, high=6)})  # the upper end of the interval counts
+    assert "perplexity on everyday changes by +4 % (95 % interval up to +6 %)" in refused.reasons[0]
+    assert passes({}).reasons == ["everyday was not measured, the policy allows an increase of at most 5 %"]
+    assert check_gate(measured(), Policy()).passed
+
+
 def test_by_tokens_a_variant_must_gain_by_tokens_too():
     assert check_gate(measured(token=0.5), Policy()).passed
     gate = check_gate(measured(token=0.5), Policy(metric="token"))
@@ -191,7 +201,7 @@ def test_the_readmes_policy_is_one(tmp_path):
 
     example = gate.__doc__.split("# gate.yaml\n")[1].split("\n\n")[0]
     (tmp_path / "gate.yaml").write_text("\n".join(line.strip() for line in example.splitlines()))
-    assert read_policy(tmp_path / "gate.yaml") == Policy(maximum_memorization=0.01)
+    assert read_policy(tmp_path / "gate.yaml") == Policy(maximum_memorization=0.01, maximum_increase={"everyday": 5})
 
 
 def test_old_names_are_read_from_events_and_explained_in_a_policy(tmp_path):
