@@ -127,7 +127,7 @@ def run_feyntune(folder: Path, adapters: int) -> dict[str, dict[str, float]]:
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
         given = {f"v{i}/lora-all": folder / f"adapter-{i}" for i in range(adapters)}
-        config = EvaluateConfig(precision="fp32", completions=None)
+        config = EvaluateConfig(precision="fp32", completions=None, retention=None)
         evaluate(folder / "split", str(folder / "base"), given, f"{out}/scores", config)
         result = {}
         for name in ("base", *given):

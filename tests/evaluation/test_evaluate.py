@@ -12,7 +12,7 @@ from feyntune.evaluation import evaluate as room
 from feyntune.evaluation.config import EvaluateConfig
 from feyntune.evaluation.evaluate import evaluate
 
-FP32 = EvaluateConfig(precision="fp32", completions=None)
+FP32 = EvaluateConfig(precision="fp32", completions=None, retention=None)
 
 
 def reference(base, adapter, text):
@@ -123,7 +123,8 @@ def test_a_finished_evaluation_returns_without_torch(scored, tiny_base, tiny_spl
         "import sys; from feyntune.evaluation.evaluate import evaluate; "
         "from feyntune.evaluation.config import EvaluateConfig; "
         f"m = evaluate({tiny_split!r}, {tiny_base!r}, { {k: str(v) for k, v in adapters.items()}!r}, {str(scored)!r}, "
-        "EvaluateConfig(precision='fp32', completions=None)); assert 'torch' not in sys.modules; print(m.digest)"
+        "EvaluateConfig(precision='fp32', completions=None, retention=None)); "
+        "assert 'torch' not in sys.modules; print(m.digest)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == read_manifest(scored).digest
