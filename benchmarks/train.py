@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def make_batches(count: int, vocabulary: int, seed: int = 0) -> list[list[Docume
     return [[document(s * BATCH + i) for i in range(BATCH)] for s in range(count)]
 
 
+def mfu_hfu(shape: Shape, rate: float, recomputing: int, device: str) -> dict[str, float]:
+    """Shares of a GPU's dense bf16 peak: of 4N FLOPs a token, and with what is recomputed; nothing on a CPU."""
+    card = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    peak = next((h.flops for h in HARDWARE.values() if h.name.split("-")[0] in card), None)
+    if not card or peak is None:
+        return {}
+    shares = {"mfu": flops_per_token(shape, 0), "hfu": flops_per_token(shape, recomputing)}
+    return {name: round(rate * flops / peak, 4) for name, flops in shares.items()}
+
+
 class Engine:
     """This project's steps."""
 
@@ -104,7 +115,10 @@ class Engine:
         self.runner = make_runner(model, masks, args.method, self.config, self.group.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.gradient = flat_gradient(self.parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+        fused = self.group.device.type == "cuda" or None
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=fused
+        )
         self.step = 0
 
     def train(self, batches: list[list[Document]], clock) -> tuple[float, list[float]]:
@@ -127,7 +141,10 @@ class Baseline:
         from peft import LoraConfig, get_peft_model
 
         self.args, self.device = args, torch.device(args.device)
-        base = load_base(str(folder), args.precision, self.device, attention="sdpa")
+        # Their usual attention: FlashAttention where it is installed.
+        flash = self.device.type == "cuda" and args.precision != "fp32" and find_spec("flash_attn") is not None
+        self.attention = "flash_attention_2" if flash else "sdpa"
+        base = load_base(str(folder), args.precision, self.device, attention=self.attention)
         torch.manual_seed(0)
         lora = LoraConfig(
             r=8, lora_alpha=32, lora_dropout=args.dropout, target_modules=TARGETS[args.method], task_type="CAUSAL_LM"
@@ -256,8 +273,6 @@ def main() -> None:
     rows = [BATCH * (-(-max(len(d.tokens) for d in b) // 8) * 8) for b in batches]
     padded = sum(rows) / sum(useful)
     ratios = [t / o for t, o in zip(figures["trainer"]["seconds"], figures["engine"]["seconds"], strict=True)]
-    card = torch.cuda.get_device_name() if cuda else ""
-    peak_flops = next((h.flops for h in HARDWARE.values() if h.name.split("-")[0] in card), None)
     result: dict[str, Any] = {
         "benchmark": "train",
         "hardware": hardware(torch.device(args.device)),
@@ -270,6 +285,7 @@ def main() -> None:
         "compile": args.compile,
         "attention": attention_backend(args.device, torch.float32 if args.precision == "fp32" else torch.bfloat16),
         "checkpointed_layers": engine.runner.plan.layers,
+        "trainer_attention": trainer.attention,
         "padded_over_useful": round(padded, 3),
         "rounds": args.rounds,
         "ratio": round(statistics.median(ratios), 3),
@@ -280,10 +296,9 @@ def main() -> None:
         result[name] = {"useful_tokens_per_second": round(rate, 1), "losses": [round(x, 6) for x in figure["losses"]]}
         if cuda:
             result[name]["peak_memory_bytes"] = max(figure["peak"])
-        if peak_flops:
-            recomputing = engine.runner.plan.layers
-            result[name]["mfu"] = round(rate * flops_per_token(shape, 0) / peak_flops, 4)
-            result[name]["hfu"] = round(rate * flops_per_token(shape, recomputing) / peak_flops, 4)
+        layers = shape.layers if args.recompute else 0
+        recomputing = engine.runner.plan.layers if name == "engine" else layers
+        result[name] |= mfu_hfu(shape, rate, recomputing, args.device)
     if args.dropout == 0:
         pairs = zip(figures["engine"]["losses"], figures["trainer"]["losses"], strict=True)
         result["largest_loss_difference"] = max(abs(a - b) for a, b in pairs)

@@ -86,7 +86,9 @@ def launch(
             if newest <= before or stop_requests:
                 raise
             log.warning("%s Starting once more from the checkpoint of step %d.", e, newest)
-            _run(job, settings, variant, stop_requests)
+            # The adapter is there already where its upload failed.
+            if _finished(out, checkpoints, inputs, adapter_metadata(settings, mixture, method)) is None:
+                _run(job, settings, variant, stop_requests)
     return open_artifact(out, "adapter")
 
 
@@ -145,8 +147,8 @@ def _finished(out: str, checkpoints: str | None, inputs: dict[str, str], metadat
     return None
 
 
-def _start(job: Path, devices: int) -> Sequence[forkserver.Process]:
-    """One training process for each device.
+def _start(job: Path, devices: int, module: str = "feyntune.training.launch") -> Sequence[forkserver.Process]:
+    """One training process for each device, which runs `module`.
 
     Each has a session of its own: a terminal's Ctrl-C reaches the parent alone, which asks once.
     """
@@ -158,7 +160,7 @@ def _start(job: Path, devices: int) -> Sequence[forkserver.Process]:
     environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return [
         forkserver.start(
-            __spec__.name,
+            module,
             [str(job)],
             {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             address=os.environ.get(forkserver.ADDRESS),

@@ -18,7 +18,7 @@ GPU_VOCAB_CHUNK = 8192  # vocabulary entries at once in the loss
 GPU_TOKENS = 8192  # of a micro-batch: more than any batch of 16 abstracts has
 CPU_TOKENS = 1024  # a working set that fits a CPU's caches is faster than a larger one
 MIN_TOKENS = 1024
-_RESERVED_BYTES = 2e9  # bytes: the driver's context, kernels' workspace
+RESERVED_BYTES = 2e9  # bytes: the driver's context, kernels' workspace
 _FRAGMENTATION = 0.08  # share of a device that the allocator cannot use
 _SHRINK = 0.9  # of what was thought to fit, after the device ran out of memory
 
@@ -160,7 +160,7 @@ def step_bytes(shape: Shape, method: str, config: TrainConfig, tokens: int, laye
     chunk = config.vocab_chunk_size or GPU_VOCAB_CHUNK
     logits = tokens * chunk * (4 + value) + tokens * shape.hidden * (4 + 3 * value)
     trainable = adapter_parameters(shape, method, config.lora_rank) * 4 * 4  # weights, gradient, two moments in fp32
-    return base_bytes(shape, config.precision) + trainable + activations + dequantized + logits + _RESERVED_BYTES
+    return base_bytes(shape, config.precision) + trainable + activations + dequantized + logits + RESERVED_BYTES
 
 
 def plan(shape: Shape, method: str, config: TrainConfig, memory: float, largest: int | None = None) -> MemoryPlan:

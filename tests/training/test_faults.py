@@ -232,3 +232,27 @@ def test_a_store_that_stalls_at_the_end_is_a_fault_and_the_next_try_ends_at_once
     assert stored_manifest(open_store(f"{s3}/run"), "adapter").digest == manifest.digest
     assert launch(**made).digest == open_artifact(made["out"]).digest  # the first pod: it is there already
     assert len(started) == 2
+
+
+def test_a_store_that_stalls_at_the_end_and_recovers_gets_the_adapter_without_a_second_training(
+    tiny_split, tiny_base, tmp_path, losses, started, at_step, s3, gate, monkeypatch
+):
+    at_step()
+    made = place(tiny_split, tiny_base, tmp_path / "adapter", f"{s3}/run", 2, save_every_steps=4)
+    real, newest = recipe.push, launching._newest_checkpoint
+
+    def push(store, folder, name):
+        gate.stalled.set()
+        return real(store, folder, name)
+
+    def recovered(checkpoints):
+        gate.stalled.clear()
+        return newest(checkpoints)
+
+    monkeypatch.setattr(recipe, "push", push)
+    monkeypatch.setattr(launching, "_newest_checkpoint", recovered)
+    manifest = launch(**made)
+    assert len(started) == 1
+    assert manifest.stats["interruptions"] == 0
+    assert curve(made["out"])["loss"] == losses
+    assert stored_manifest(open_store(f"{s3}/run"), "adapter").digest == manifest.digest
