@@ -98,10 +98,12 @@ def push_base(
     as_json: Json = False,
 ) -> None:
     """Copy a base model into the store, so that every step and endpoint can read it from there."""
-    from feyntune.model.base import push_base
-
     setup_logging(quiet=as_json)
-    pinned = push_base(folder, address, precision)
+    if precision == "nf4":
+        from feyntune.model.quantize import push_quantized as push
+    else:
+        from feyntune.model.base import push_base as push
+    pinned = push(folder, address)
     print_result({"base": pinned}, as_json, pinned)
 
 

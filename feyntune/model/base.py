@@ -44,7 +44,7 @@ def pin_base(base: str) -> str:
     """
     location, expected = split_pin(base)
     if location.startswith("s3://"):
-        manifest = stored_manifest(*_stored(location))
+        manifest = stored_manifest(*stored_at(location))
         if manifest is None:
             raise UserError(f"Base model {location} is not an artifact: put it there with `feyntune push-base`.")
         digest = manifest.digest
@@ -77,12 +77,8 @@ def folder_digest(folder: str | Path) -> str:
     return _folder_digest(tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in names), str(folder))
 
 
-def push_base(folder: str | Path, address: str, precision: str | None = None) -> str:
+def push_base(folder: str | Path, address: str) -> str:
     """Copy the model in `folder` to `address` (s3://BUCKET/FOLDER) as an artifact; returns ADDRESS@DIGEST.
-
-    Args:
-        precision: "nf4" puts a quantized copy beside it (ADDRESS-nf4), whose manifest names the original's digest.
-            Steps that compute in NF4 then load the copy; base and pin stay the original's.
 
     Raises:
         UserError: no model is in `folder`, `address` is no address in a store, or the store refuses.
@@ -92,26 +88,19 @@ def push_base(folder: str | Path, address: str, precision: str | None = None) ->
     folder_digest(folder)  # says what is wrong with it
     if not re.fullmatch(r"s3://[^/]+/.+", address):
         raise UserError(f"{address} names no folder in a bucket: write s3://BUCKET/FOLDER.")
-    store, name = _stored(address)
+    store, name = stored_at(address)
     with tempfile.TemporaryDirectory() as scratch:
         if not is_artifact(folder):
             with write_artifact(Path(scratch) / "base", "base") as writer:
                 for file in _model_files(folder):
                     (writer.path / file.name).symlink_to(file.resolve())
             folder = Path(scratch) / "base"
-        digest = push(store, folder, name).digest
-        if precision == "nf4" and _quantized_copy(address, digest) is None:
-            from feyntune.model.quantize import quantize_base  # loads torch
-
-            copy = Path(scratch) / "quantized"
-            quantize_base(folder, copy, digest)
-            push(store, copy, name + QUANTIZED)
-        return f"{address}@{digest}"
+        return f"{address}@{push(store, folder, name).digest}"
 
 
-def _quantized_copy(location: str, source: str) -> Manifest | None:
+def quantized_copy(location: str, source: str) -> Manifest | None:
     """The manifest of the copy of the model `source` beside `location`; None where there is no such copy."""
-    manifest = stored_manifest(*_stored(location + QUANTIZED))
+    manifest = stored_manifest(*stored_at(location + QUANTIZED))
     if manifest is None:
         return None
     if manifest.inputs.get("source") != source:
@@ -120,7 +109,7 @@ def _quantized_copy(location: str, source: str) -> Manifest | None:
     return manifest
 
 
-def _stored(location: str) -> tuple[Store, str]:
+def stored_at(location: str) -> tuple[Store, str]:
     """The store of an `s3://` base, and the base's name in it."""
     place, _, name = location.rpartition("/")
     return open_store(place), name
@@ -141,7 +130,7 @@ def fetch_base(base: str, precision: str | None = None) -> str:
     FEYNTUNE_CACHE names the cache's folder: a volume that the pods of a node share, or one of the temporary folder.
 
     Args:
-        precision: with "nf4" a quantized copy beside a stored base is taken in its place (see `push_base`).
+        precision: with "nf4" a quantized copy beside a stored base is taken in its place (see `push_quantized`).
     """
     location, digest = split_pin(base)
     if Path(location).is_dir():
@@ -155,7 +144,7 @@ def fetch_base(base: str, precision: str | None = None) -> str:
         with FileLock(folder.with_suffix(".lock")):  # the processes of a training all come here at once
             if not (folder / MANIFEST).is_file():
                 log.info("copying the base model %s into %s", location, folder.parent)
-                pull(*_stored(location), folder)
+                pull(*stored_at(location), folder)
             if digest is not None and read_manifest(folder).digest != digest:
                 raise UserError(
                     f"The cached copy {folder} of {location} is not the model pinned as {digest[:16]}: remove it."
@@ -171,7 +160,7 @@ def fetch_tokenizer(base: str) -> str:
         folder = _cache_folder(f"{base} tokenizer")
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                pull(*_stored(location), folder, only=lambda file: not file.endswith(".safetensors"))
+                pull(*stored_at(location), folder, only=lambda file: not file.endswith(".safetensors"))
         return str(folder)
     if not Path(location).is_dir() and _looks_like_hub_id(location):
         return _hub_files(location, digest, tuple(end for end in _MODEL_FILES if end != ".safetensors"))
@@ -182,10 +171,10 @@ def _fetch_quantized(location: str, source: str) -> str | None:
     folder = _cache_folder(f"{location}{QUANTIZED} of {source}")
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / MANIFEST).is_file():
-            if _quantized_copy(location, source) is None:
+            if quantized_copy(location, source) is None:
                 return None
             log.info("copying the quantized base model %s into %s", location + QUANTIZED, folder.parent)
-            pull(*_stored(location + QUANTIZED), folder)
+            pull(*stored_at(location + QUANTIZED), folder)
     return str(folder)
 
 

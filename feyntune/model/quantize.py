@@ -1,13 +1,32 @@
 """A base model quantized to NF4 once, saved beside its original, in place of quantizing at every load."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, write_artifact
+from feyntune.artifacts.store import push
+from feyntune.model.base import QUANTIZED, push_base, quantized_copy, split_pin, stored_at
 from feyntune.model.load import loading_shown, nf4
+
+
+def push_quantized(folder: str | Path, address: str) -> str:
+    """`push_base`, and a quantized copy beside it at ADDRESS-nf4, whose manifest names the original's digest.
+
+    Steps that compute in NF4 then load the copy; base and pin stay the original's.
+    """
+    pinned = push_base(folder, address)
+    location, digest = split_pin(pinned)
+    if quantized_copy(location, str(digest)) is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / "quantized"
+            quantize_base(folder, copy, str(digest))
+            store, name = stored_at(location + QUANTIZED)
+            push(store, copy, name)
+    return pinned
 
 
 def quantize_base(folder: str | Path, out: str | Path, source: str) -> Manifest:

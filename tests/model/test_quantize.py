@@ -11,6 +11,7 @@ from feyntune.model import base as bases
 from feyntune.model.base import fetch_base, pin_base, push_base, split_pin
 from feyntune.model.load import load_base, load_tokenizer
 from feyntune.model.packed import ATTENTION, hidden_states, pack
+from feyntune.model.quantize import push_quantized
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -48,7 +49,7 @@ def tensors(model):
 
 
 def test_a_quantized_copy_has_the_bits_of_quantizing_on_load(original, s3, cache):
-    pinned = push_base(original, f"{s3}/bases/llama", "nf4")
+    pinned = push_quantized(original, f"{s3}/bases/llama")
     assert pinned == pin_base(f"{s3}/bases/llama")  # base and pin stay the original's
     copy = fetch_base(pinned, "nf4")
     assert read_manifest(copy).inputs == {"source": split_pin(pinned)[1]}
@@ -66,7 +67,7 @@ def test_a_quantized_copy_has_the_bits_of_quantizing_on_load(original, s3, cache
 
 
 def test_only_the_copy_is_fetched_for_nf4_and_only_the_original_otherwise(tiny_base, s3, cache, monkeypatch):
-    pinned = push_base(tiny_base, f"{s3}/bases/llama", "nf4")
+    pinned = push_quantized(tiny_base, f"{s3}/bases/llama")
     fetched = []
     real = bases.pull
 
@@ -88,24 +89,24 @@ def test_only_the_copy_is_fetched_for_nf4_and_only_the_original_otherwise(tiny_b
 
 def test_nothing_is_quantized_twice(tiny_base, s3, monkeypatch):
     push_base(tiny_base, f"{s3}/bases/llama")
-    pinned = push_base(tiny_base, f"{s3}/bases/llama", "nf4")
+    pinned = push_quantized(tiny_base, f"{s3}/bases/llama")
     monkeypatch.setattr("feyntune.model.quantize.quantize_base", lambda *args: pytest.fail("quantized again"))
-    assert push_base(tiny_base, f"{s3}/bases/llama", "nf4") == pinned
+    assert push_quantized(tiny_base, f"{s3}/bases/llama") == pinned
 
 
 def test_a_copy_of_another_model_is_not_used(tiny_base, original, s3, monkeypatch, caplog):
-    pinned = push_base(tiny_base, f"{s3}/bases/llama", "nf4")
+    pinned = push_quantized(tiny_base, f"{s3}/bases/llama")
     monkeypatch.setattr(bases.log, "propagate", True)
     store = open_store(f"{s3}/bases")
     manifest = stored_manifest(store, "llama-nf4")
     assert manifest is not None
-    assert bases._quantized_copy(f"{s3}/bases/llama", "0" * 64) is None
+    assert bases.quantized_copy(f"{s3}/bases/llama", "0" * 64) is None
     assert "copy of another model" in caplog.text
-    assert bases._quantized_copy(f"{s3}/bases/llama", split_pin(pinned)[1]) == manifest
+    assert bases.quantized_copy(f"{s3}/bases/llama", split_pin(pinned)[1]) == manifest
 
 
 def test_a_quantized_folder_is_refused_in_another_precision(tiny_base, s3):
-    pinned = push_base(tiny_base, f"{s3}/bases/llama", "nf4")
+    pinned = push_quantized(tiny_base, f"{s3}/bases/llama")
     copy = fetch_base(pinned, "nf4")
     assert load_base(copy, "nf4", "cpu").num_parameters() > 0  # named directly it works too
     with pytest.raises(UserError, match="is quantized: set precision to nf4"):

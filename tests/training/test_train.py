@@ -187,10 +187,10 @@ def test_nf4_still_learns_after_an_evaluation(tiny_base):
 
 
 def test_a_quantized_copy_of_the_base_trains_the_same_adapter(job, tiny_base, s3, tmp_path, monkeypatch):
-    from feyntune.model.base import push_base
+    from feyntune.model.quantize import push_quantized
 
     monkeypatch.setenv("FEYNTUNE_CACHE", str(tmp_path / "cache"))
-    pinned = push_base(tiny_base, f"{s3}/bases/llama", "nf4")
+    pinned = push_quantized(tiny_base, f"{s3}/bases/llama")
     first = train(**job(out="original", precision="nf4", max_steps=3))
     second = train(**{**job(out="copy", precision="nf4", max_steps=3), "base": pinned})
     for file in ("curve.json", "adapter_model.safetensors"):
