@@ -49,9 +49,14 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    page = (tmp_path / "site" / "laptop" / "index.html").read_text()
-    for tag in ("<script src=", '<link rel="stylesheet" href='):
+    page = (tmp_path / "site" / "laptop.html").read_text()
+    for tag in ("<script src=", '<link rel="stylesheet" href=', "<img src="):
         assert not re.search(re.escape(tag) + '"?http', page)  # nothing from another host
+    assert "search/search_index.js" in {str(p.relative_to(tmp_path / "site")) for p in tmp_path.rglob("*.js")}
+    assert not list((tmp_path / "site").rglob("*.py"))
+    for picture in (DOCS / "pictures").iterdir():
+        assert picture.stat().st_size < 300_000
+        assert not re.search(r"href=|src=|url\([\"']?http", picture.read_text(errors="replace"))
 
 
 def test_every_command_has_an_example_that_it_would_take() -> None:
