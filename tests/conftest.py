@@ -196,6 +196,7 @@ UNIT = {
     "artifacts/test_artifact.py",
     "artifacts/test_records.py",
     "engine/test_fair_queue.py",
+    "evaluation/test_equal_tokens.py",
     "evaluation/test_overlap.py",
     "evaluation/test_prompts.py",
     "evaluation/test_repetition.py",

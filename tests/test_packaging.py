@@ -20,6 +20,7 @@ WORKS_WITH = {
     "pipeline": ["kubeflow", "deployment"],
     "train": ["training", "model", "engine"],
     "eval": ["evaluation"],
+    "tasks": ["tasks"],
     "study": ["study", "judging"],
     "serve": ["serving"],
     "run": ["cli", "demo"],

@@ -14,6 +14,7 @@ from feyntune.conditions import CONDITIONS, Conditions, differences, read_condit
 from feyntune.errors import UserError
 from feyntune.evaluation import completion_stats, human_and_judge_sections, seeds, statistics, task_sections
 from feyntune.evaluation.config import CompareConfig, primary_category
+from feyntune.evaluation.equal_tokens import equal_tokens
 from feyntune.evaluation.evaluate import category_of
 from feyntune.evaluation.report import render
 from feyntune.evaluation.retention import SPLIT as RETENTION
@@ -132,6 +133,9 @@ def compare(
             variant["adapter"] = adapter_uris[measured_as[name]]
     summary |= opinions | benchmarks
     summary["budget"] = _budget(systems, groups.primary, summary["variants"], curves, config)
+    summary["budget"]["validation"] = equal_tokens(
+        curves, {n: v["train_tokens"] for n, v in summary["variants"].items()}
+    )
     completions = completion_stats.read(
         {n: s.folder for n, s in systems.items()}, {n: s.manifest for n, s in systems.items()}, measured_as
     )

@@ -37,22 +37,30 @@ def attach(
         for name, digest in adapters.items():
             if manifest.inputs.get(name, digest) != digest:
                 raise UserError(f"{folder} was run on another adapter {name} than the one compared: run it again.")
-        samples = pq.read_table(Path(folder) / "samples.parquet").to_pandas()
-        samples = samples[samples["system"].isin([BASE, *adapters])]
-        for (task, metric), rows in samples.groupby(["task", "metric"]):
+        values: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+        for r in pq.read_table(Path(folder) / "samples.parquet").to_pylist():
+            if r["system"] == BASE or r["system"] in adapters:
+                by_system = values.setdefault((r["task"], r["metric"]), {})
+                by_system.setdefault(r["system"], {})[r["document"]] = r["value"]
+        for (task, metric), by_system in sorted(values.items()):
             if metric in result.get(task, {}):
                 raise UserError(f"Task {task} is there twice, the second time in {folder}: leave one out.")
-            result.setdefault(task, {})[metric] = _paired(rows, resamples, seed)
+            result.setdefault(task, {})[metric] = _paired(by_system, resamples, seed)
         inputs[f"tasks {manifest.digest[:16]}"] = manifest.digest
         result.setdefault("", {})[manifest.digest[:16]] = {**manifest.config, "lm_eval": manifest.stats["lm_eval"]}
     settings = result.pop("", {})
     return ({"tasks": {"settings": settings, "figures": result}} if folders else {}), inputs
 
 
-def _paired(rows: Any, resamples: int, seed: int) -> dict[str, Any]:
-    table = rows.pivot(index="document", columns="system", values="value").sort_index()
-    base, variants = table[BASE].to_numpy(), {n: table[n].to_numpy() for n in table.columns if n != BASE}
-    figures = {n: {"mean": float(np.nanmean(table[n])), "documents": int(table[n].count())} for n in table.columns}
+def _paired(values: Mapping[str, Mapping[int, float]], resamples: int, seed: int) -> dict[str, Any]:
+    """Figures of every system from its values by document, each variant against the base on the same documents."""
+    documents = sorted(values[BASE])
+    columns = {n: np.array([v.get(d, np.nan) for d in documents]) for n, v in values.items()}
+    figures: dict[str, Any] = {
+        n: {"mean": float(np.nanmean(c)), "documents": len(values[n])} for n, c in columns.items()
+    }
+    base = columns.pop(BASE)
+    variants = columns
     for name, difference in statistics.paired_means(base, variants, resamples, seed).items():
         figures[name] |= {k: difference[k] for k in ("delta", "p", "p_holm")}
     return figures
