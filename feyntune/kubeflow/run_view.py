@@ -119,6 +119,8 @@ class RunView:
         with self._lock:
             self._said = time.monotonic()
             if log.level <= logging.INFO:
+                if self._live is not None:
+                    self._live.refresh()  # without the bar of a step whose last line follows
                 console.print(Text(text, style=style))
 
     def _render(self) -> Group:
