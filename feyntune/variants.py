@@ -109,15 +109,19 @@ _File = TypeVar("_File", bound=Mixtures)
 
 
 def _load(path: str | Path, model: type[_File]) -> _File:
-    raw: Any = None
     try:
         text = Path(path).read_text(encoding="utf-8")
         raw = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the safe loader, in C where there is one
-        return model.model_validate(raw)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read as a mixtures file ({e}): correct the path.") from e
     except yaml.YAMLError as e:
         raise UserError(f"{path} is not YAML ({' '.join(str(e).split())}): correct it.") from e
+    return _validate(raw, model, str(path))
+
+
+def _validate(raw: Any, model: type[_File], name: str) -> _File:
+    try:
+        return model.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
         where = list(first["loc"])
@@ -125,7 +129,7 @@ def _load(path: str | Path, model: type[_File]) -> _File:
             entry = raw["mixtures"][where[1]]
             where[1] = entry.get("name", where[1]) if isinstance(entry, dict) else where[1]
         field = " ".join(str(w) for w in where[1:]) or str(where[0] if where else "mixtures")
-        raise UserError(f"{path}: {field}: {first['msg'].removeprefix('Value error, ')}.") from e
+        raise UserError(f"{name}: {field}: {first['msg'].removeprefix('Value error, ')}.") from e
 
 
 @cache
@@ -134,13 +138,15 @@ def load_variants() -> Catalog:
     return _load(CATALOG, Catalog)
 
 
-def load_mixtures(path: str | Path | None = None) -> list[Mixture]:
-    """The mixtures of a YAML file in its order; without one, those of the catalog.
+def load_mixtures(source: str | Path | list[dict[str, Any]] | None = None) -> list[Mixture]:
+    """The mixtures of a YAML file, or of its list as a value, in its order; without one, those of the catalog.
 
     Raises:
         UserError: the file does not exist, is not YAML, or a mixture in it is inconsistent (named).
     """
-    return _load(path, Mixtures).mixtures if path is not None else load_variants().mixtures
+    if isinstance(source, list):
+        return _validate({"mixtures": source}, Mixtures, "mixtures").mixtures
+    return _load(source, Mixtures).mixtures if source is not None else load_variants().mixtures
 
 
 METHODS = tuple(load_variants().methods)
@@ -158,21 +164,28 @@ def variant_name(mixture: str, method: str) -> str:
     return f"{mixture}/{method}"
 
 
-def select_variants(requested: list[str]) -> list[str]:
+def select_variants(requested: list[str], mixtures: list[Mixture] | None = None) -> list[str]:
     """`requested` in the order of variants.yaml. The paper's short names (`s3/lora-all`) are understood.
+
+    Args:
+        mixtures: in place of those of the catalog.
 
     Raises:
         UserError: a name that is not a variant, with the nearest one that is.
     """
-    catalog = load_variants()
-    aliases = {f"{m.paper}/{method}": f"{m.name}/{method}" for m in catalog.mixtures for method in METHODS if m.paper}
-    known = catalog.names()
+    own = mixtures is not None
+    mixtures = load_variants().mixtures if mixtures is None else mixtures
+    aliases = {f"{m.paper}/{method}": f"{m.name}/{method}" for m in mixtures for method in METHODS if m.paper}
+    known = [f"{m.name}/{method}" for m in mixtures for method in METHODS]
     selected = []
     for name in requested:
         full = aliases.get(name, name)
         if full not in known:
             near = [n for n in known if n.startswith(f"{name}/")] or difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {' or '.join(near)}?" if near else "docs/reference/variants.md lists all of them."
+            every = (
+                f"your mixtures give {', '.join(known)}." if own else "docs/reference/variants.md lists all of them."
+            )
+            hint = f"did you mean {' or '.join(near)}?" if near else every
             raise UserError(f"There is no variant {name!r}: {hint}")
         selected.append(full)
     if not selected:

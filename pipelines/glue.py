@@ -12,7 +12,9 @@ def preflight(
     source: str,
     until: str,
     categories: List[str],  # noqa: UP006
+    max_bad: float,
     after: str,
+    mixtures: list,
     variants: List[str],  # noqa: UP006
     variant: str,
     base: str,
@@ -29,7 +31,9 @@ def preflight(
     with one_sentence():
         selected = [variant] if variant else variants
         days = {"until": until, "after": after}
-        return preflight(source, selected, base, recipe, devices, store, registry, serving, days, categories)
+        return preflight(
+            source, selected, base, recipe, devices, store, registry, serving, days, categories, mixtures, max_bad
+        )
 
 
 @dsl.component(base_image=WORKER_IMAGE, install_kfp_package=False)

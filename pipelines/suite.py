@@ -48,10 +48,7 @@ RETRY_FOR = "1209600s"  # two weeks: Kubeflow's default ends retries one hour af
 
 def _steps(
     gpus: int,
-    source: Any,
-    until: Any,
-    categories: Any,
-    after: Any,
+    papers: dict[str, Any],
     variants: Any,
     variant: Any,
     base: Any,
@@ -61,12 +58,12 @@ def _steps(
     registry: Any,
     serving: Any,
 ) -> None:
-    """The tasks of either pipeline; every argument but `gpus` is a pipeline parameter or a constant."""
+    """The tasks of either pipeline. What is no number of GPUs is a pipeline parameter or a constant.
+
+    `papers` are the parameters of what is read and how it is split, by name.
+    """
     checked = preflight(
-        source=source,
-        until=until,
-        categories=categories,
-        after=after,
+        **{name: value for name, value in papers.items() if name != "converted_text"},
         variants=variants,
         variant=variant,
         base=base,
@@ -79,11 +76,17 @@ def _steps(
     _cpu_step(checked, hub=True).set_caching_options(False).set_env_variable("FEYNTUNE_POD_GPUS", str(gpus))
     pinned = checked.outputs
 
-    corpus = ingest(source=source, until=until, categories=categories, fingerprint=pinned["fingerprint"], store=store)
+    read = {n: papers[n] for n in ("source", "until", "categories", "max_bad", "converted_text")}
+    corpus = ingest(**read, fingerprint=pinned["fingerprint"], store=store)
     _cpu_step(corpus, memory="8Gi").set_retry(3, backoff_duration="60s", backoff_max_duration=RETRY_FOR)
-    papers = split(corpus=corpus.outputs["corpus"], after=after, fingerprint=pinned["fingerprint"])
-    _cpu_step(papers, memory="16Gi")
-    data = papers.outputs["data"]
+    assigned = split(
+        corpus=corpus.outputs["corpus"],
+        after=papers["after"],
+        mixtures=papers["mixtures"],
+        fingerprint=pinned["fingerprint"],
+    )
+    _cpu_step(assigned, memory="16Gi")
+    data = assigned.outputs["data"]
 
     pending = check_cache(data=data, variants=pinned["variants"], base=pinned["base"], recipe=recipe, store=store)
     _cpu_step(pending).set_caching_options(False)
@@ -186,7 +189,10 @@ def suite(
     source: str = DEFAULT_SOURCE,
     until: str = PAPER_CUT_OFF,
     categories: List[str] = CATEGORIES,  # noqa: UP006
+    max_bad: float = 0.001,
+    converted_text: bool = False,
     after: str = "",
+    mixtures: list = [],  # noqa: B006
     variants: List[str] = VARIANTS,  # noqa: UP006
     base: str = DEFAULT_BASE,
     recipe: dict = {},  # noqa: B006
@@ -195,7 +201,9 @@ def suite(
     registry: str = DEFAULT_REGISTRY,
     serving: dict = {},  # noqa: B006
 ):
-    _steps(SUITE_GPUS, source, until, categories, after, variants, "", base, recipe, devices, store, registry, serving)
+    papers: dict[str, Any] = {"source": source, "until": until, "categories": categories, "after": after}
+    papers |= {"max_bad": max_bad, "converted_text": converted_text, "mixtures": mixtures}
+    _steps(SUITE_GPUS, papers, variants, "", base, recipe, devices, store, registry, serving)
 
 
 @dsl.pipeline(
@@ -207,6 +215,8 @@ def variant(
     source: str = DEFAULT_SOURCE,
     until: str = PAPER_CUT_OFF,
     categories: List[str] = CATEGORIES,  # noqa: UP006
+    max_bad: float = 0.001,
+    converted_text: bool = False,
     after: str = "",
     base: str = DEFAULT_BASE,
     recipe: dict = {},  # noqa: B006
@@ -215,4 +225,6 @@ def variant(
     registry: str = DEFAULT_REGISTRY,
     serving: dict = {},  # noqa: B006
 ):
-    _steps(VARIANT_GPUS, source, until, categories, after, [], variant, base, recipe, devices, store, registry, serving)
+    papers: dict[str, Any] = {"source": source, "until": until, "categories": categories, "after": after}
+    papers |= {"max_bad": max_bad, "converted_text": converted_text, "mixtures": []}
+    _steps(VARIANT_GPUS, papers, [], variant, base, recipe, devices, store, registry, serving)

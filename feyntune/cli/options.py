@@ -28,6 +28,11 @@ RecipeFile = Annotated[
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, such as train.learning_rate=1e-4; repeatable.")
 ]
+MaxBad = Annotated[float, typer.Option(help="Fraction of unreadable records at which to stop.")]
+ConvertedText = Annotated[
+    bool,
+    typer.Option("--converted-text", help="Accept formats that turn TeX into Unicode (never mix them with others)."),
+]
 RegistryUri = Annotated[str, typer.Option("--registry", help="Folder or s3:// address of the registry.")]
 VersionName = Annotated[str, typer.Argument(help="Variant, VARIANT@DIGEST or alias.")]
 Alias = Annotated[str, typer.Option(help="champion, or champion:MIXTURE.")]

@@ -10,7 +10,9 @@ import typer
 from feyntune.cli.options import (
     DEFAULT_WORKDIR,
     Changes,
+    ConvertedText,
     Json,
+    MaxBad,
     RecipeFile,
     names_of,
     print_result,
@@ -24,13 +26,21 @@ from feyntune.errors import EXIT_FAILED_BRANCH, Interrupted
 
 app = typer.Typer()
 
+DEFAULT_VARIANTS = "hep-th/lora-qkv,hep-th/lora-all,hep-ph+gr-qc/lora-all"
+
 
 @app.command(epilog="Example: feyntune run --source kaggle:arxiv-metadata-oai-snapshot.json.zip --variants all")
 def run(
-    source: Annotated[str, typer.Option(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")] = "synthetic:1200",
+    source: Annotated[
+        str, typer.Option(help="kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.")
+    ] = "synthetic:1200",
     variants: Annotated[
-        str, typer.Option(help="Variants, separated by commas (`all` for all twenty).")
-    ] = "hep-th/lora-qkv,hep-th/lora-all,hep-ph+gr-qc/lora-all",
+        str | None,
+        typer.Option(
+            help=f"Variants, separated by commas (`all` for all); by default {DEFAULT_VARIANTS}, or with --mixtures or "
+            "--categories all of theirs."
+        ),
+    ] = None,
     workdir: Annotated[Path, typer.Option(help="Folder of all runs; finished work in it is reused.")] = (
         DEFAULT_WORKDIR
     ),
@@ -39,6 +49,18 @@ def run(
     ] = None,
     until: Annotated[str, typer.Option(help="Only papers first submitted up to this date (YYYY-MM-DD).")] = "",
     after: Annotated[str, typer.Option(help="Papers first submitted after this date are held out for testing.")] = "",
+    categories: Annotated[
+        str | None,
+        typer.Option(
+            help="Archives or categories to read, separated by commas; without --mixtures and --variants they make one "
+            "mixture."
+        ),
+    ] = None,
+    mixtures: Annotated[
+        Path | None, typer.Option(help="Your own mixtures file, in place of the ten (docs/your-own.md).")
+    ] = None,
+    max_bad: MaxBad = 0.001,
+    converted_text: ConvertedText = False,
     recipe: RecipeFile = None,
     changes: Changes = None,
     devices: Annotated[int, typer.Option(help="Training processes, one for each GPU.")] = 1,
@@ -49,15 +71,36 @@ def run(
 ) -> None:
     """Run the compiled pipeline on this machine, from abstracts to a registry."""
     from feyntune.kubeflow import local
-    from feyntune.variants import load_variants
+    from feyntune.variants import load_mixtures, load_variants
 
     setup_logging(quiet=as_json)
-    names = load_variants().names() if variants == "all" else names_of(variants) or []
+    kept = names_of(categories)
+    own = [m.model_dump(exclude_none=True) for m in load_mixtures(mixtures)] if mixtures else None
+    if kept and not (mixtures or variants):
+        name, listed = "+".join(kept).lower(), " and ".join(kept)
+        own = [{"name": name, "parts": dict.fromkeys(kept, "all"), "rule": f"every {listed} paper"}]
+    if variants == "all":
+        names = [] if own else load_variants().names()
+    else:
+        names = names_of(variants) or ([] if own else names_of(DEFAULT_VARIANTS) or [])
     changes = [*(changes or []), *([] if seeds is None else [f"train.seeds={seeds}"])]
     values = recipe_of(recipe, changes, base, as_json)
     failed = None
     try:
-        folder = local.run(source, names, workdir, until=until, after=after, base=base, recipe=values, devices=devices)
+        folder = local.run(
+            source,
+            names,
+            workdir,
+            until=until,
+            after=after,
+            categories=kept,
+            mixtures=own,
+            max_bad=max_bad,
+            converted_text=converted_text,
+            base=base,
+            recipe=values,
+            devices=devices,
+        )
     except local.RunFailed as e:
         failed, folder = e, (workdir / "latest").resolve()
     except KeyboardInterrupt:

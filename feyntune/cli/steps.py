@@ -11,8 +11,10 @@ from feyntune.cli.options import (
     Adapters,
     Base,
     Changes,
+    ConvertedText,
     Data,
     Json,
+    MaxBad,
     Out,
     RecipeFile,
     RegistryUri,
@@ -31,14 +33,12 @@ app = typer.Typer()
 
 @app.command(epilog="Example: feyntune ingest oai:https://oaipmh.arxiv.org/oai --oai-set physics:hep-th --out corpus")
 def ingest(
-    source: Annotated[str, typer.Argument(help="kaggle:FILE, oai:URL, atom:FILE or synthetic:N.")],
+    source: Annotated[str, typer.Argument(help="kaggle:FILE, oai:URL, atom:FILE, jsonl:FILE or synthetic:N.")],
     out: Out,
     until: Annotated[str | None, typer.Option(help="Keep papers first submitted up to this date.")] = None,
     categories: Annotated[str | None, typer.Option(help="Archives or categories to keep, separated by commas.")] = None,
-    max_bad: Annotated[float, typer.Option(help="Fraction of unreadable records at which to stop.")] = 0.001,
-    converted_text: Annotated[
-        bool, typer.Option(help="Accept formats that turn TeX into Unicode (never mix them with others).")
-    ] = False,
+    max_bad: MaxBad = 0.001,
+    converted_text: ConvertedText = False,
     oai_set: Annotated[str | None, typer.Option(help="OAI set, such as physics:hep-th.")] = None,
     prefix: Annotated[str, typer.Option(help="OAI metadata prefix.")] = "arXivRaw",
     since: Annotated[str | None, typer.Option(help="OAI: only records changed since this date.")] = None,

@@ -11,7 +11,7 @@ from feyntune.artifacts.names import expand
 from feyntune.artifacts.records import SOURCES
 from feyntune.errors import UserError
 from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper
-from feyntune.ingestion.tally import OTHER_CATEGORY, REPLACEMENT, Tally
+from feyntune.ingestion.tally import REPLACEMENT, Tally
 
 _ID = re.compile(r"(?:https?://arxiv\.org/abs/|oai:arXiv\.org:)(.+?)(?:v\d+)?")
 _ARXIV_CATEGORY = re.compile(r"[a-z]+(-[a-z]+)?(\.[A-Za-z-]+)?")  # <category> can be an ACM or MSC term too
@@ -67,7 +67,7 @@ def read_atom(
                 if categories.accepts(row.paper.primary):
                     yield row
                 else:
-                    tally.left_out[OTHER_CATEGORY] += 1
+                    tally.other(row.paper.primary)
             root.remove(entry)
     except etree.XMLSyntaxError as e:
         raise UserError(f"{path} is not whole XML after line {last} ({e}): fetch it again.") from e

@@ -183,7 +183,8 @@ class _Counts:
 
     def why(self, tally: Tally) -> str:
         reasons = tally.left_out | Counter({OTHER_CATEGORY: self.left_out[OTHER_CATEGORY]}) | tally.refused
-        return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "the source is empty"
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "the source is empty"
+        return listed + (f"; --categories names what to keep: it has {', '.join(tally.others)}" if tally.others else "")
 
 
 def _keep_partial(folder: Path, out: Path) -> Path:

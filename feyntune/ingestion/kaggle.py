@@ -96,7 +96,7 @@ def read_lines(
             if categories.accepts(row.paper.primary):
                 yield row
             else:
-                tally.left_out[OTHER_CATEGORY] += 1
+                tally.other(row.paper.primary)
         before += number
         tally.read -= blank
     if unended:
@@ -183,6 +183,8 @@ def _to_decode(
                 keep = taken.get(value)
                 if keep is None:
                     keep = taken[value] = _may_accept(value, categories)
+                    if not keep:
+                        tally.other(value.split(b" ")[0].decode("ascii", "replace"), 0)
                 if not keep:
                     left_out += 1
                     start, key = end, again

@@ -126,12 +126,11 @@ class Harvest:
                     identifier = record.findtext("{*}header/{*}identifier", "")
                     tally.bad(f"{page.name}:{record.sourceline} {identifier}".strip(), str(e))
                     continue
-                # Passed on all the same: the paper may have been in a category asked for before.
-                yield (
-                    row
-                    if row.left_out or categories.accepts(row.paper.primary)
-                    else row._replace(left_out=OTHER_CATEGORY)
-                )
+                if not row.left_out and not categories.accepts(row.paper.primary):
+                    # Passed on all the same: the paper may have been in a category asked for before.
+                    tally.other(row.paper.primary, 0)
+                    row = row._replace(left_out=OTHER_CATEGORY)
+                yield row
 
     # --- one pass over a list of records ---
 

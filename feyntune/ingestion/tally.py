@@ -23,6 +23,14 @@ class Tally:
         self.left_out: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.others: list[str] = []  # a few of the categories that were not asked for
+
+    def other(self, category: str, count: int = 1) -> None:
+        """Count papers of a category that was not asked for."""
+        if count:
+            self.left_out[OTHER_CATEGORY] += count
+        if len(self.others) < _EXAMPLES and category and category not in self.others:
+            self.others.append(category)
 
     def bad(self, where: str, reason: str) -> None:
         """Count a record that cannot be used; `where` is FILE:LINE or the like.
@@ -44,7 +52,7 @@ class Tally:
         if bad > max_bad * self.read:
             raise UserError(
                 f"{bad:,} of {self.read:,} records are bad, more than the {max_bad:.2%} allowed ({self.worst()}): "
-                "repair the source, or allow more with --max-bad."
+                "repair the source, or allow more with --max-bad (on Kubeflow the parameter max_bad)."
             )
 
     def worst(self) -> str:

@@ -37,6 +37,7 @@ from feyntune.model.base import pin_base, require_tokenizer
 from feyntune.names import BASE, slug
 from feyntune.recipe import merge, read_recipe
 from feyntune.telemetry import ERROR, log
+from feyntune.variants import load_mixtures
 
 TINY_RECIPE = read_recipe(default="tiny")
 CATEGORIES = ["hep-th", "hep-ph", "gr-qc", "q-bio", "cs"]  # what the ten mixtures draw from, as in the pipelines
@@ -61,6 +62,9 @@ def run(
     until: str = "",
     after: str = "",
     categories: list[str] | None = None,
+    mixtures: list[dict[str, Any]] | None = None,
+    max_bad: float = 0.001,
+    converted_text: bool = False,
     base: str | None = None,
     recipe: dict[str, Any] | None = None,
     devices: int = 1,
@@ -69,7 +73,12 @@ def run(
     """Run the suite over `source` for `variants`; returns the run's folder.
 
     Args:
+        variants: names; with mixtures of your own, an empty list takes all of theirs.
         categories: primary categories to ingest; those the mixtures draw from by default.
+        mixtures: mixtures in place of the ten of variants.yaml, as its part `mixtures` has them. Their categories are
+            then what is scored, unless `recipe` names others.
+        max_bad: share of unusable records above which the run stops.
+        converted_text: accept a source whose server turns TeX into Unicode (the Atom API).
         base: a base model; the tiny one, which is shipped, by default.
         recipe: settings of training and evaluation (`{"train": {…}, "evaluate": {…}}`); without `base`, merged over
             TINY_RECIPE.
@@ -89,8 +98,16 @@ def run(
     source, workdir = _absolute(source), workdir.resolve()
     registry = (workdir / "registry").as_uri()
     days = {"until": until, "after": after}
+    if mixtures:
+        parts = [*dict.fromkeys(part for m in load_mixtures(mixtures) for part in m.parts)]
+        categories = categories or parts
+        scored = recipe.get("evaluate", {}).get("categories")
+        if scored in (None, TINY_RECIPE["evaluate"]["categories"]):
+            recipe = merge(recipe, {"evaluate": {"categories": parts}})
     categories = categories or CATEGORIES
-    variants = check_input(source, variants, base or "", recipe, devices, registry, serving, days, categories)
+    variants = check_input(
+        source, variants, base or "", recipe, devices, registry, serving, days, categories, mixtures, max_bad
+    )
     if base is not None:
         base = pin_base(base)
         require_tokenizer(base)
@@ -103,6 +120,9 @@ def run(
             "until": until,
             "after": after,
             "categories": categories,
+            "mixtures": mixtures or [],
+            "max_bad": max_bad,
+            "converted_text": converted_text,
             "variants": variants,
             "base": base or str(copy_demo_base(workdir / "base")),
             "recipe": recipe,

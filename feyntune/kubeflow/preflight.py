@@ -20,7 +20,7 @@ from feyntune.names import seed_names
 from feyntune.recipe import check_recipe
 from feyntune.telemetry import log, setup
 from feyntune.training.config import parse_config
-from feyntune.variants import select_variants
+from feyntune.variants import METHODS, load_mixtures, select_variants, variant_name
 
 
 class Pinned(NamedTuple):
@@ -40,18 +40,22 @@ def preflight(
     serving: dict[str, Any] | None = None,
     days: dict[str, str] | None = None,
     categories: list[str] | None = None,
+    mixtures: list[dict[str, Any]] | None = None,
+    max_bad: float = 0.001,
 ) -> Pinned:
     """Check everything a run needs, in seconds.
 
     Args:
         days: parameters that are days, by name; "" where none is given.
         categories: what is ingested, by primary category; None is all.
+        mixtures: mixtures in place of the catalog's; without `variants`, all variants of them.
+        max_bad: share of unusable records above which the corpus is refused.
 
     Raises:
         UserError: what `check_input` refuses, a base that cannot be found, a store that cannot be written.
     """
     setup()
-    names = check_input(source, variants, base, recipe, devices, registry, serving, days, categories)
+    names = check_input(source, variants, base, recipe, devices, registry, serving, days, categories, mixtures, max_bad)
     for address in dict.fromkeys((store, registry)):
         writable(address)
     train = parse_config(recipe.get("train", {}))
@@ -71,17 +75,19 @@ def check_input(
     serving: dict[str, Any] | None = None,
     days: dict[str, str] | None = None,
     categories: list[str] | None = None,
+    mixtures: list[dict[str, Any]] | None = None,
+    max_bad: float = 0.001,
 ) -> list[str]:
     """The checks of `preflight` that need no store and no network; returns the full names of the variants.
 
     Raises:
-        UserError: an unknown variant or setting, a day that is none, test categories that are not ingested, a source
-            that is not there, a serving description that no endpoint can have.
+        UserError: an unknown variant or setting, a day that is none, a mixture or test category that is not ingested,
+            a source that is not there, a serving description that no endpoint can have.
     """
     from feyntune.evaluation.retention import retention_papers
     from feyntune.ingestion.fields import CategoryFilter, parse_day
 
-    names = select_variants(variants)
+    names = choose_variants(variants, mixtures)
     gpus = int(os.environ.get("FEYNTUNE_POD_GPUS", "0"))
     if 0 < gpus < devices:
         raise UserError(
@@ -91,11 +97,18 @@ def check_input(
     _, evaluate = check_recipe(recipe, devices=devices)
     for name, day in (days or {}).items():
         parse_day(name, day or None)
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"max_bad is {max_bad}, not a share: give a number between 0 and 1, such as 0.001.")
     ingested = CategoryFilter(categories)
-    for category in evaluate.categories:
+    needed = dict.fromkeys(evaluate.categories, "recipe: evaluate.categories")
+    drawn = {name.rpartition("/")[0] for name in names}
+    for m in load_mixtures(mixtures or None):
+        if m.name in drawn:
+            needed |= dict.fromkeys(m.parts, f"mixture {m.name}")
+    for category, what in needed.items():
         if not ingested.accepts(category) and not any(c.startswith(f"{category}.") for c in ingested.names or ()):
             raise UserError(
-                f"recipe: evaluate.categories: {category} is not among what is ingested "
+                f"{what}: {category} is not among what is ingested "
                 f"(categories: {', '.join(sorted(ingested.names or ()))})."
             )
     source_fingerprint(source)
@@ -105,6 +118,17 @@ def check_input(
 
         serving_of_run(serving, base, registry)
     return names
+
+
+def choose_variants(variants: list[str], mixtures: list[dict[str, Any]] | None = None) -> list[str]:
+    """The full names of `variants`; of mixtures of one's own (not an empty list) an empty list takes them all.
+
+    Raises:
+        UserError: a mixture that does not hold together, or a name that is no variant of them.
+    """
+    own = load_mixtures(mixtures) if mixtures else None
+    every = [variant_name(m.name, method) for m in own or () for method in METHODS]
+    return select_variants(variants or every, own)
 
 
 def refuse_null(value: Any, name: str) -> None:

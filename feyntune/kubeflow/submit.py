@@ -20,10 +20,9 @@ import yaml
 from feyntune.constants import VERSION
 from feyntune.errors import UserError
 from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, check_type, read_settings
-from feyntune.kubeflow.preflight import refuse_null
+from feyntune.kubeflow.preflight import choose_variants, refuse_null
 from feyntune.recipe import check_recipe
 from feyntune.telemetry import log
-from feyntune.variants import select_variants
 
 PIPELINES = ("suite", "variant")
 EXPERIMENT = "feyntune"
@@ -85,6 +84,8 @@ def submit(
     """
     prefix = read_settings(settings).name if settings else "feyntune"
     own = bool(images or settings or flavor != "gpu")
+    if arguments.get("mixtures"):
+        arguments = {"variants": [], **arguments}  # all of theirs, in place of the catalog's twenty
     with _package(pipeline, images, flavor, settings) as package:
         text = package.read_text()
         check_arguments(pipeline, next(yaml.load_all(text, Loader=yaml.CSafeLoader)), arguments)
@@ -163,7 +164,7 @@ def check_arguments(pipeline: str, spec: dict[str, Any], arguments: dict[str, An
         refuse_null(value, name)
         check_type(name, value, parameters[name]["parameterType"])
     given = {name: arguments.get(name, p.get("defaultValue")) for name, p in parameters.items()}
-    select_variants(given["variants"] if "variants" in given else [given["variant"]])
+    choose_variants(given["variants"] if "variants" in given else [given["variant"]], given.get("mixtures"))
     check_recipe(given["recipe"], devices=int(given["devices"]))
 
 

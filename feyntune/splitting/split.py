@@ -35,7 +35,7 @@ def split(
     *,
     after: str | None = None,
     key: str = KEY,
-    mixtures: str | Path | None = None,
+    mixtures: str | Path | list[dict[str, Any]] | None = None,
     threshold: float = THRESHOLD,
     previous: str | Path | None = None,
 ) -> Manifest:
@@ -48,7 +48,7 @@ def split(
         corpus: a sealed `corpus`.
         after: YYYY-MM-DD. Papers whose version 1 is newer are split `holdout`: test only.
         key: of the hash that assigns papers. Another key is another, unrelated split.
-        mixtures: a file with the part `mixtures` of variants.yaml, whose own are the default.
+        mixtures: a file with the part `mixtures` of variants.yaml, whose own are the default; or that list.
         threshold: Jaccard similarity of 3-word shingle sets, 0.6 to 1, from which papers stay together.
         previous: an earlier sealed `split`, whose assignments are kept.
 

@@ -13,6 +13,18 @@ from feyntune.kubeflow.preflight import preflight
         ({"categories": ["hep-th", "cs"]}, {"categories": ["hep-ht"]}, r"hep-ht is not among .*categories: cs, hep-th"),
         ({"categories": ["cs"]}, {}, "hep-th is not among"),  # what is tested where nothing is said
         ({"categories": ["hep th"]}, {}, "'hep th' is not an archive"),
+        (
+            {"mixtures": [{"name": "a", "parts": {"astro-ph": "all"}}]},
+            {},
+            "'hep-th/lora-all': your mixtures give a/lor",
+        ),
+        ({"mixtures": [{"name": "a", "parts": {"astr-ph": "all"}}]}, {}, "mixtures: a: .*did you mean astro-ph"),
+        (
+            {"mixtures": [{"name": "hep-th", "parts": {"q-fin": "all"}}], "categories": ["hep-th"]},
+            {},
+            "hep-th: q-fin is",
+        ),
+        ({"max_bad": 3}, {}, "max_bad is 3, not a share"),
     ],
 )
 def test_what_would_fail_after_hours_is_refused_in_seconds(tiny_base, tmp_path, given, tested, message):
