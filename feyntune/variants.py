@@ -182,10 +182,9 @@ def select_variants(requested: list[str], mixtures: list[Mixture] | None = None)
         full = aliases.get(name, name)
         if full not in known:
             near = [n for n in known if n.startswith(f"{name}/")] or difflib.get_close_matches(name, known, n=1)
-            every = (
-                f"your mixtures give {', '.join(known)}." if own else "docs/reference/variants.md lists all of them."
-            )
-            hint = f"did you mean {' or '.join(near)}?" if near else every
+            hint = f"did you mean {' or '.join(near)}?" if near else "docs/reference/variants.md lists all of them."
+            if own:
+                hint = f"your mixtures give {', '.join(known)}."
             raise UserError(f"There is no variant {name!r}: {hint}")
         selected.append(full)
     if not selected:

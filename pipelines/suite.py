@@ -107,6 +107,7 @@ def _steps(
         base=pinned["base"],
         recipe=recipe,
         store=store,
+        run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     ).after(scored)
     _cpu_step(compared, memory="8Gi").set_caching_options(False)
     registered = register(comparison=compared.outputs["comparison"], store=store, registry=registry)

@@ -69,6 +69,7 @@ def compare(
     base: str,
     recipe: dict,
     store: str,
+    run: str,
     comparison: dsl.Output[dsl.Dataset],
     report: dsl.Output[dsl.HTML],
     table: dsl.Output[dsl.Markdown],
@@ -83,6 +84,7 @@ def compare(
         base: base model with its digest (LOCATION@DIGEST), from preflight.
         recipe: training and evaluation settings that differ from the defaults.
         store: folder or s3://BUCKET/PREFIX with the run's adapters and evaluations.
+        run: ID of the run; the comparison is also kept under comparisons/ID in the store.
         comparison: artifact of kind comparison: summary.json, table.csv, report.html.
         report: the report as one HTML page.
         table: the result table as Markdown.
@@ -94,7 +96,7 @@ def compare(
     from feyntune.telemetry import one_sentence
 
     with one_sentence():
-        values = compare_branches(corpus.path, data.path, variants, base, recipe, store, comparison.path)
+        values = compare_branches(corpus.path, data.path, variants, base, recipe, store, comparison.path, run)
         shutil.copyfile(f"{comparison.path}/report.html", report.path)
         shutil.copyfile(f"{comparison.path}/table.md", table.path)
         for name, value in values.items():

@@ -1,11 +1,26 @@
 """Commands for a Kubernetes cluster: compile, upload, submit, deploy, push-base."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from feyntune.cli.options import Changes, Json, Out, RecipeFile, parse_object, print_result, recipe_of, setup_logging
+from feyntune.cli.options import (
+    DEFAULT_WORKDIR,
+    Changes,
+    Json,
+    Out,
+    RecipeFile,
+    parse_object,
+    print_result,
+    recipe_of,
+    setup_logging,
+    shown_path,
+    warn,
+)
+from feyntune.cli.steps import result_rows
 from feyntune.errors import UserError
 
 app = typer.Typer()
@@ -71,6 +86,9 @@ def submit(
     flavor: Flavor = "gpu",
     token_file: TokenFile = None,
     settings: ClusterSettings = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the run, fetch its report, and end with its exit code.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Start a run on a Kubeflow host."""
@@ -85,7 +103,44 @@ def submit(
             raise UserError("--arguments holds a recipe too: give it there or by --recipe and --set.")
         values["recipe"] = recipe_of(recipe, changes, str(values.get("base", "")), as_json)
     run_id = submit(host, pipeline, values, images, namespace, flavor, token_file, settings)
-    print_result({"run": run_id}, as_json, f"started run {run_id}")
+    if not wait:
+        print_result({"run": run_id}, as_json, f"started run {run_id}")
+        return
+    from feyntune.kubeflow.follow import follow
+
+    ended = follow(host, run_id, namespace, token_file)
+    while ended.lost_driver and _can_ask() and typer.confirm(f"{ended.message}\nStart it again?", err=True):
+        run_id = submit(host, pipeline, values, images, namespace, flavor, token_file, settings)
+        ended = follow(host, run_id, namespace, token_file)
+    report = _fetched(ended.store, run_id) if ended.reported else None
+    result = {"run": run_id, "exit_code": ended.code, "report": str(report) if report else None}
+    print_result(result, as_json, _run_text(run_id, report))
+    if ended.code:
+        print(f"error: {ended.message}", file=sys.stderr)
+        sys.exit(ended.code)
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
+
+
+def _fetched(store: str, run_id: str) -> Path | None:
+    """The report's file on this machine; None, with the reason, where the store cannot be read from here."""
+    from feyntune.kubeflow.follow import fetch_report
+
+    try:
+        return fetch_report(store, run_id, DEFAULT_WORKDIR / run_id)
+    except UserError as e:
+        warn(f"the report stays on the cluster, in the run's compare step: {e}")
+        return None
+
+
+def _run_text(run_id: str, report: Path | None) -> str:
+    if report is None:
+        return f"run     {run_id}"
+    summary = json.loads(report.with_name("summary.json").read_text(encoding="utf-8"))
+    rows = "\n".join("  ".join(row).rstrip() for row in result_rows(summary))
+    return f"{rows}\nreport  {shown_path(report)}"
 
 
 @app.command("push-base", epilog="Example: feyntune push-base llama-3.1-8b s3://feyntune/bases/llama-3.1-8b")

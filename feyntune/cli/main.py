@@ -18,7 +18,7 @@ EXIT_CODES = {
     0: "done",
     1: "unexpected error, with its traceback; or `doctor` found something missing",
     EXIT_BAD_INPUT: "invalid input, with the reason",
-    EXIT_FAILED_BRANCH: "a branch of the run failed; the report has the others",
+    EXIT_FAILED_BRANCH: "a step or a variant of the run failed; the report has the others",
     EXIT_INTERRUPTED: "interrupted, progress saved: run the same command to resume",
 }
 

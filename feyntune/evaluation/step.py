@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from feyntune.artifacts.artifact import read_manifest, write_artifact
+from feyntune.artifacts.artifact import MANIFEST, read_manifest, write_artifact
 from feyntune.artifacts.cache import capture_failure, is_finished, newest_failure, scratch
 from feyntune.artifacts.store import open_store, pull, push
 from feyntune.conditions import CONDITIONS, differences, read_conditions
@@ -64,6 +64,7 @@ def compare_branches(
     recipe: dict[str, Any],
     store: str,
     out: str,
+    run: str = "",
 ) -> dict[str, float]:
     """Compare what the branches of this campaign left in the store; returns metrics for the Kubeflow form.
 
@@ -104,6 +105,9 @@ def compare_branches(
                     raise UserError(f"The base model could not be scored, so nothing can be compared: {why['error']}")
                 failures.append(failure)
         compare(evaluations, adapters, data, out, corpus=corpus, failures=failures, adapter_uris=adapter_uris)
+    # `feyntune submit --wait` fetches it from there; a second attempt of this step leaves the first one's.
+    if run and not artifacts.exists(f"comparisons/{run}/{MANIFEST}"):
+        push(artifacts, out, f"comparisons/{run}")
     summary = json.loads((Path(out) / "summary.json").read_text(encoding="utf-8"))
     metrics = {"base perplexity": summary["base"]["perplexity"]["abstract_mean"]}
     for name, variant in summary["variants"].items():

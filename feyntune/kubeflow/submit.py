@@ -6,7 +6,6 @@ Idempotent: a pipeline is made once, each release once as a version of it.
 import hashlib
 import json
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -26,11 +25,10 @@ from feyntune.telemetry import log
 
 PIPELINES = ("suite", "variant")
 EXPERIMENT = "feyntune"
-ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
 
-class RunEnded(Exception):
-    """A run on Kubeflow ended without success; the message says where to look and how to start again."""
+class Unreachable(UserError):
+    """Kubeflow does not answer now; a later try may."""
 
 
 def upload(
@@ -56,7 +54,7 @@ def upload(
     """
     ids = {}
     prefix = read_settings(settings).name if settings else "feyntune"
-    with _client(host, namespace, token_file) as client:
+    with kubeflow_client(host, namespace, token_file) as client:
         for name in PIPELINES:
             with _package(name, images, flavor, settings) as package:
                 pipeline = _pipeline_id(client, f"{prefix}-{name}", package, namespace)
@@ -89,7 +87,7 @@ def submit(
     with _package(pipeline, images, flavor, settings) as package:
         text = package.read_text()
         check_arguments(pipeline, next(yaml.load_all(text, Loader=yaml.CSafeLoader)), arguments)
-        with _client(host, namespace, token_file) as client:
+        with kubeflow_client(host, namespace, token_file) as client:
             pipeline_id = _pipeline_id(client, f"{prefix}-{pipeline}", package, namespace)
             version_id = None if own else _newest_version(client, pipeline_id)
             if version_id is None:
@@ -107,36 +105,6 @@ def submit(
         raise UserError(f"{host} accepted the run but gave it no ID: is it the Kubeflow Pipelines API (--host)?")
     log.info("run %s: %s", run.run_id, run_page(host, str(run.run_id)))
     return str(run.run_id)
-
-
-def wait(
-    host: str, run_id: str, namespace: str | None = None, token_file: str | None = None, every: float = 10
-) -> None:
-    """Follow a run until it ends, with a log line for each step that starts or ends.
-
-    Raises:
-        RunEnded: it failed or was stopped.
-        UserError: the host does not answer, or has no such run.
-    """
-    states: dict[str, str] = {}
-    with _client(host, namespace, token_file) as client:
-        while True:
-            run = client.get_run(run_id)
-            for task in (run.run_details.task_details if run.run_details else None) or []:
-                is_step = task.display_name and not task.display_name.endswith(("-driver", "driver", "executor"))
-                if is_step and task.state and states.get(task.task_id) != task.state:
-                    states[task.task_id] = task.state
-                    log.info("%s: %s", task.display_name, task.state.lower())
-            if run.state in ENDED:
-                break
-            time.sleep(every)
-    if run.state != "SUCCEEDED":
-        message = f" ({run.error.message})" if run.error and run.error.message else ""
-        raise RunEnded(
-            f"Run {run_id} ended {run.state}{message}: see {run_page(host, run_id)}. The same submit again reuses "
-            "every variant that finished."
-        )
-    log.info("run %s succeeded", run_id)
 
 
 def run_page(host: str, run_id: str) -> str:
@@ -176,7 +144,7 @@ def _run_name(pipeline: str, arguments: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _client(host: str, namespace: str | None, token_file: str | None) -> Iterator[Any]:
+def kubeflow_client(host: str, namespace: str | None, token_file: str | None) -> Iterator[Any]:
     """A client of `host`, whose errors become one sentence."""
     import requests
     import urllib3
@@ -197,15 +165,17 @@ def _client(host: str, namespace: str | None, token_file: str | None) -> Iterato
             warnings.simplefilter("ignore")
             yield Client(host=host, namespace=namespace or "kubeflow", existing_token=token)
     except ApiException as e:
-        raise UserError(_sentence(host, e.status, e.reason, e.body)) from e
+        kind = Unreachable if e.status >= 500 else UserError
+        raise kind(_sentence(host, e.status, e.reason, e.body)) from e
     except (urllib3.exceptions.HTTPError, OSError) as e:
-        raise UserError(f"Kubeflow Pipelines at {host} does not answer ({type(e).__name__}): check --host.") from e
+        raise Unreachable(f"Kubeflow Pipelines at {host} does not answer ({type(e).__name__}): check --host.") from e
 
 
 def _refuse_login_page(host: str, health: Any) -> None:
     """The API answers in JSON; a proxy that wants a login sends its page, often with status 200."""
     if not health.ok:
-        raise UserError(_sentence(host, health.status_code, health.reason, health.text))
+        kind = Unreachable if health.status_code >= 500 else UserError
+        raise kind(_sentence(host, health.status_code, health.reason, health.text))
     try:
         answer = health.json()
     except ValueError:

@@ -91,7 +91,8 @@ class Driver:
                 made = source["taskOutputParameter"]
                 parameters[name] = done[made["producerTask"]]["parameters"][made["outputParameterKey"]]
             else:
-                parameters[name] = source["runtimeValue"]["constant"]
+                constant = source["runtimeValue"]["constant"]
+                parameters[name] = self.id if constant == "{{$.pipeline_job_uuid}}" else constant
         for name, source in task.get("inputs", {}).get("artifacts", {}).items():
             if "componentInputArtifact" in source:
                 artifacts[name] = inputs["artifacts"][source["componentInputArtifact"]]

@@ -1,14 +1,12 @@
 """Uploading, starting and following, against a server that speaks the Kubeflow Pipelines API."""
 
-import logging
 import warnings
 from pathlib import Path
 
 import pytest
 
 from feyntune.errors import UserError
-from feyntune.kubeflow.submit import RunEnded, run_page, submit, upload, wait
-from feyntune.telemetry import log
+from feyntune.kubeflow.submit import run_page, submit, upload
 from tests.servers.kubeflow import kubeflow
 
 ONE = {"variant": "hep-th/lora-all"}
@@ -17,18 +15,6 @@ ONE = {"variant": "hep-th/lora-all"}
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # the client keeps a context file in it
-
-
-@pytest.fixture
-def lines():
-    """The project's log lines."""
-    collected: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: collected.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    yield collected
-    log.removeHandler(handler)
 
 
 def test_each_pipeline_is_made_once_with_a_description_and_one_version_a_release() -> None:
@@ -122,29 +108,6 @@ def test_the_page_of_a_run_is_an_address_only_where_the_host_is_the_ui() -> None
 def test_arguments_that_a_run_cannot_take_are_refused_before_the_host_is_asked(pipeline, arguments, message) -> None:
     with pytest.raises(UserError, match=message):
         submit("http://127.0.0.1:9", pipeline, arguments)
-
-
-def test_a_run_is_followed_until_it_ends(lines) -> None:
-    step = {"task_id": "1", "display_name": "preflight", "state": "RUNNING"}
-    driver = {"task_id": "2", "display_name": "preflight-driver", "state": "SUCCEEDED"}
-    with kubeflow() as server:
-        run_id = submit(server.url, "variant", ONE)
-        server.ends = [
-            {"state": "RUNNING", "run_details": {"task_details": [step, driver]}},
-            {"state": "SUCCEEDED", "run_details": {"task_details": [{**step, "state": "SUCCEEDED"}, driver]}},
-        ]
-        wait(server.url, run_id, every=0)
-    assert lines[-3:] == ["preflight: running", "preflight: succeeded", f"run {run_id} succeeded"]
-
-
-def test_a_run_that_failed_says_what_another_start_costs() -> None:
-    with kubeflow() as server:
-        run_id = submit(server.url, "variant", ONE)
-        server.ends = [{"state": "FAILED"}]
-        with pytest.raises(RunEnded, match=f"Run {run_id} ended FAILED.*reuses every variant that finished"):
-            wait(server.url, run_id, every=0)
-        with pytest.raises(UserError, match="404, Run 0 not found"):
-            wait(server.url, "0", every=0)
 
 
 def test_a_multi_user_host_gets_the_token_of_the_file(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ _RULES = Map(
         Rule("/apis/v2beta1/pipelines/<pipeline>", endpoint="pipeline", methods=["GET"]),
         Rule("/apis/v2beta1/pipelines/upload_version", endpoint="upload_version", methods=["POST"]),
         Rule("/apis/v2beta1/pipelines/<pipeline>/versions", endpoint="list_versions", methods=["GET"]),
+        Rule("/apis/v2beta1/pipelines/<pipeline>/versions/<version>", endpoint="version", methods=["GET"]),
         Rule("/apis/v2beta1/experiments", endpoint="experiments", methods=["GET", "POST"]),
         Rule("/apis/v2beta1/runs", endpoint="runs", methods=["POST"]),
         Rule("/apis/v2beta1/runs/<run>", endpoint="run", methods=["GET"]),
@@ -119,6 +120,9 @@ class Kubeflow:
         if request.args.get("sort_by") == "created_at desc":
             listed = listed[::-1]
         return _listed("pipeline_versions", listed[: int(request.args.get("page_size") or 10)])
+
+    def _version(self, request: Request, pipeline: str, version: str) -> Response:
+        return _json(next(v for v in self.versions[pipeline] if v["pipeline_version_id"] == version))
 
     def _experiments(self, request: Request) -> Response:
         if request.method == "GET":
