@@ -112,5 +112,7 @@ def compare_branches(
     metrics = {"base perplexity": summary["base"]["perplexity"]["abstract_mean"]}
     for name, variant in summary["variants"].items():
         metrics[f"{name} perplexity"] = variant["perplexity"]["abstract_mean"]
-        metrics[f"{name} minus base"] = variant["delta"]["mean"]
+        delta = variant["delta"]
+        metrics |= {f"{name} minus base": delta["mean"], f"{name} 95 % CI low": delta["low"]}
+        metrics[f"{name} 95 % CI high"] = delta["high"]
     return metrics

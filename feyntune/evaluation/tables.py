@@ -60,21 +60,19 @@ _ENDS = {"": "mean", "_low": "low", "_high": "high"}
 
 
 def to_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    head = ["system", "perplexity (mean over abstracts)", "token-weighted", "bits per byte", "minus base (95 %)"]
-    published = like_published(summary)
-    head += ["Holm p", "train tokens", *(["published"] if published else [])]
-    lines = [*conclusion(summary), "", *_head(head)]
+    """The conclusion, and tables of three columns: the Kubeflow UI shows them in a panel 500 pixels wide.
+
+    Everything else is in table.csv, completions.csv and the report.
+    """
+    lines = [*conclusion(summary), "", *_head(["system", "perplexity", "minus base [95 % CI]"])]
     for r in rows:
-        cells = [r["system"], _show(r["abstract_mean"], ".3f"), _show(r["token"], ".3f")]
-        cells.append(_show(r["bits_per_byte"], ".4f"))
-        cells.append(f"{r['delta']:+.3f} [{r['delta_low']:+.3f}, {r['delta_high']:+.3f}]" if r["p_holm"] else "")
-        cells += [_show(r["p_holm"], ".2g"), _show(r["train_tokens"], ",")]
-        cells += [_show(r["published"], ".2f")] if published else []
-        lines.append("| " + " | ".join(cells) + " |")
-    for f in summary["failures"]:
-        lines.append(f"| {f['variant']} | failed in {f['step']}: {f['error']} |" + "  |" * (len(head) - 2))
+        delta = f"{r['delta']:+.2f} [{r['delta_low']:+.2f}, {r['delta_high']:+.2f}]" if r["delta"] is not None else ""
+        lines.append(f"| {r['system']} | {r['abstract_mean']:.2f} | {delta} |")
+    lines += [f"| {f['variant']} |  | failed in {f['step']} |" for f in summary["failures"]]
+    lines += [f"\n{f['variant']} failed in {f['step']}: {' '.join(f['error'].split())}" for f in summary["failures"]]
     test = summary["test"]
-    lines += ["", f"{test['abstracts']:,} test abstracts of {test['category']}, test set {test['digest'][:16]}."]
+    lines += ["", f"Mean over {test['abstracts']:,} test abstracts of {test['category']}; lower is better."]
+    lines += [f"Test set {test['digest'][:16]}."]
     lines += ["", budget(summary)] if budget(summary) else []
     if "completions" in summary:
         lines += _markdown_completions([r["system"] for r in rows], summary["completions"])
@@ -82,24 +80,20 @@ def to_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 
 
 def _markdown_completions(systems: list[str], completions: dict[str, Any]) -> list[str]:
+    """Of the completions what says most in least room: the first decoding's, as the study shows them."""
+    decoding = completions["settings"]["decodings"][0]
     lines = []
     for split, by_decoding in completions["figures"].items():
-        for decoding, by_truncation in by_decoding.items():
-            for truncation, figures in by_truncation.items():
-                measures = list(figures[BASE])
-                lines += [
-                    "",
-                    f"Completions of {completions['papers'][split]} {split} papers, {decoding}, {truncation}",
-                    "",
-                ]
-                lines += _head(["system", *measures])
-                for name in systems:
-                    cells = [_show(figures[name][m]["mean"], ".3f") for m in measures]
-                    lines.append("| " + " | ".join([name, *cells]) + " |")
-                own = completions["reference"][split]
-                lines.append(
-                    "| reference continuation | " + " | ".join(_show(own.get(m), ".3f") for m in measures) + " |"
-                )
+        figures = by_decoding[decoding]["truncated"]
+        named = {"similarity": "similarity", "repeated_4": "repeated 4-grams"}
+        measures = [m for m in named if m in figures[BASE]]
+        lines += ["", f"Completions of {completions['papers'][split]} {split} papers, {decoding}, truncated:", ""]
+        lines += _head(["system", *(named[m] for m in measures)])
+        for name in systems:
+            cells = [_show(figures[name][m]["mean"], ".3f") for m in measures]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+        own = completions["reference"][split]
+        lines.append("| reference | " + " | ".join(_show(own.get(m), ".3f") for m in measures) + " |")
     if "missing" in completions["similarity"]:
         lines += ["", f"No semantic similarity: {completions['similarity']['missing']}"]
     return lines

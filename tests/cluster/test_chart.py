@@ -15,7 +15,7 @@ from feyntune.deployment.rollout import unfinished
 from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, read_settings
 from tests.cluster.charts import APIS, CASES, CHART, ROOT, SECRETS, pods, render, render_with_cli, tool
 
-VERSIONS = ["1.29", "1.30", "1.31", "1.32", "1.33", "1.34"]
+VERSIONS = ["1.31", "1.32", "1.33", "1.34", "1.35", "1.36"]
 CUSTOM = ("serving.kserve.io", "monitoring.coreos.com", "kueue.x-k8s.io")
 HELM = tool("helm")
 every_case = pytest.mark.parametrize("case", CASES)
