@@ -39,20 +39,27 @@ def run_checks(store: str | None = None, host: str | None = None) -> Iterator[Ch
 
 def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
+    fits = (3, 11) <= sys.version_info[:2] < (3, 14)
     return Check(
-        "Python", "ok" if fits else "missing", f"Python {version}{'' if fits else ': 3.11 or 3.12 is needed'}."
+        "Python", "ok" if fits else "missing", f"Python {version}{'' if fits else ': 3.11, 3.12 or 3.13 is needed'}."
     )
 
 
 def _memory() -> Check:
-    try:  # what programs can have, the page cache included
-        gib = int(re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)[1]) / 2**20  # type: ignore[index]
-    except (OSError, TypeError):
-        gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    gib = _available_memory() / 2**30
     fits = gib >= 4
     need = "" if fits else ": the tiny run needs 4"
     return Check("memory", "ok" if fits else "missing", f"{gib:.0f} GiB free{need}.")
+
+
+def _available_memory() -> int:
+    """Bytes that programs can have, the page cache included; on macOS, which does not tell, all of them."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    kib = re.search(r"^MemAvailable: +(\d+) kB", text, re.M) or re.search(r"^MemFree: +(\d+) kB", text, re.M)
+    return int(kib[1]) * 1024 if kib else 0
 
 
 def _disk() -> Check:

@@ -4,11 +4,13 @@ import contextlib
 import ipaddress
 import os
 import socket
+import ssl
 from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
+from urllib3.util.ssl_ import create_urllib3_context
 
 from feyntune.errors import UserError
 
@@ -54,17 +56,16 @@ def http_pool(url: str, ca_bundle: str | None = None, **options: Any) -> urllib3
     """A connection pool for `url`, through the environment's proxy for it.
 
     Args:
-        ca_bundle: a PEM file of certificate authorities; by default SSL_CERT_FILE, else the system's.
+        ca_bundle: a PEM file of certificate authorities, trusted beside those of SSL_CERT_FILE; without either the
+            system's.
         options: of urllib3's PoolManager.
 
     Raises:
         UserError: the proxy or a file of certificates cannot be used.
     """
-    ca_bundle = ca_bundle or os.environ.get("SSL_CERT_FILE", "").strip() or None
-    if ca_bundle and urlsplit(url).scheme == "https":
-        if not os.path.isfile(ca_bundle):
-            raise UserError(f"SSL_CERT_FILE is {ca_bundle}, which is not a file: give the path of a PEM file.")
-        options["ca_certs"] = ca_bundle
+    bundles = [*dict.fromkeys(b for b in (ca_bundle, os.environ.get("SSL_CERT_FILE", "").strip()) if b)]
+    if bundles and urlsplit(url).scheme == "https":
+        options["ssl_context"] = _trusting(bundles)
     proxy = proxy_for(url)
     if proxy is None:
         return urllib3.PoolManager(**options)
@@ -76,6 +77,19 @@ def http_pool(url: str, ca_bundle: str | None = None, **options: Any) -> urllib3
         )
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # the password stays out of messages
     return urllib3.ProxyManager(address, proxy_headers=headers, **options)
+
+
+def _trusting(bundles: list[str]) -> ssl.SSLContext:
+    """Trusts the certificate authorities of all these PEM files."""
+    context = create_urllib3_context()
+    for bundle in bundles:
+        try:
+            context.load_verify_locations(bundle)
+        except (OSError, ssl.SSLError) as e:  # a folder, another format, an empty file
+            raise UserError(
+                f"{bundle} (SSL_CERT_FILE, S3_CA_BUNDLE or AWS_CA_BUNDLE) is no file of PEM certificates: correct it."
+            ) from e
+    return context
 
 
 def refuse_link_local(url: str) -> None:

@@ -70,7 +70,7 @@ def default_recipe(base: str | None) -> str:
     if base is None:
         return "tiny"
     try:
-        manifest = json.loads((Path(base.rpartition("@")[0] or base) / "manifest.json").read_text())
+        manifest = json.loads((Path(base.rpartition("@")[0] or base) / "manifest.json").read_text(encoding="utf-8"))
         return "tiny" if manifest["stats"]["parameters"] < TINY_PARAMETERS else "paper"
     except (OSError, ValueError, KeyError, TypeError):
         return "paper"

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -77,7 +78,10 @@ def one_sentence() -> Iterator[None]:
         yield
     except (UserError, VariantsFailed) as e:
         sentence = " ".join(str(e).split())
-        with suppress(OSError), Path("/dev/termination-log").open("r+") as message:  # a pod's; absent elsewhere
+        with (
+            suppress(OSError),
+            Path("/dev/termination-log").open("r+", encoding="utf-8") as message,
+        ):  # a pod's; absent elsewhere
             message.write(sentence)
         print(f"{ERROR}{sentence}", file=sys.stdout if "FEYNTUNE_RUN_PID" in os.environ else sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT if isinstance(e, UserError) else EXIT_FAILED_BRANCH)
@@ -147,3 +151,8 @@ def progress(what: str, total: float | None = None, unit: str = "records", done:
     columns += [TextColumn("{task.fields[notes]}"), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
         yield ProgressLogger(what, total, unit, bar, done)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -54,7 +54,7 @@ def check_cache(
     with one_sentence():
         pending = check_cache(data.path, ["base", *variants], base, recipe, store)
         to_train = [name for name in pending if name != "base"]
-        Path(plan.path).write_text(plan_table(variants, to_train))
+        Path(plan.path).write_text(plan_table(variants, to_train), encoding="utf-8")
         return (pending[: len(pending) - len(to_train)], to_train)  # type: ignore[return-value]
 
 

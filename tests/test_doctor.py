@@ -66,3 +66,35 @@ def test_a_cluster_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_hub_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-of-a-test")
     assert all("secret-of-a-test" not in c.sentence for c in doctor.run_checks())
+
+
+def test_memory_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no /proc/meminfo and its sysconf no SC_AVPHYS_PAGES."""
+    read = Path.read_text
+
+    def without_proc(path: Path, **options: str) -> str:
+        if path.parts[:2] == ("/", "proc"):
+            raise FileNotFoundError(path)
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", without_proc)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 4 << 20, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert doctor._memory().sentence.startswith("16 GiB free")
+
+
+@pytest.mark.parametrize(("system", "factor"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_both_systems(monkeypatch: pytest.MonkeyPatch, system: str, factor: int) -> None:
+    import resource
+
+    from feyntune import telemetry
+
+    monkeypatch.setattr(telemetry.sys, "platform", system)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert telemetry.peak_memory_bytes() >= kilobytes * factor
+    assert telemetry.peak_memory_bytes() < kilobytes * factor * 2
+
+
+@pytest.mark.parametrize(("version", "state"), [((3, 10), "missing"), ((3, 13), "ok"), ((3, 14), "missing")])
+def test_pythons_that_run_it(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], state: str) -> None:
+    monkeypatch.setattr(doctor.sys, "version_info", (*version, 0))
+    assert doctor._python().state == state

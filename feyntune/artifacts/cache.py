@@ -126,7 +126,7 @@ def capture_failure(
         }
         shutil.rmtree(out, ignore_errors=True)  # a result written before the error must not hide it
         with write_artifact(out, kind="failure", config=outcome) as folder:
-            (folder.path / "outcome.json").write_text(json.dumps(outcome, indent=1))
+            (folder.path / "outcome.json").write_text(json.dumps(outcome, indent=1), encoding="utf-8")
         push(store, out, f"{evaluation}/failures/{time.time_ns():020d}")
 
 

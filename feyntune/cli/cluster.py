@@ -48,7 +48,9 @@ def compile_(out: Out, settings: ClusterSettings = None, as_json: Json = False) 
     out.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for source in sorted(COMPILED.glob("*.yaml")):
-        sizes[str(out / source.name)] = (out / source.name).write_text(adapt(source.read_text(), values))
+        sizes[str(out / source.name)] = (out / source.name).write_text(
+            adapt(source.read_text(encoding="utf-8"), values), encoding="utf-8"
+        )
     print_result(sizes, as_json, "\n".join(f"{path}  {size:,} bytes" for path, size in sizes.items()))
 
 
@@ -183,6 +185,6 @@ def deploy(
     from feyntune.deployment.deploy import deploy, parse_spec
 
     setup_logging(quiet=as_json)
-    key = SecretStr(key_file.read_text().strip()) if key_file is not None else None
-    done = deploy(parse_spec(yaml.safe_load(spec.read_text())), url, key, timeout=timeout)
+    key = SecretStr(key_file.read_text(encoding="utf-8").strip()) if key_file is not None else None
+    done = deploy(parse_spec(yaml.safe_load(spec.read_text(encoding="utf-8"))), url, key, timeout=timeout)
     print_result(done.model_dump(mode="json"), as_json, f"{done.service} answers at {done.url}")

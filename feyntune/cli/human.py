@@ -71,7 +71,7 @@ def judge(
     values = {"papers": papers, "pairs": pairs, "show_reference": show_reference}
     config = validated(JudgeConfig, {**values, "filter": parse_object(filter, "--filter", FILTER_EXAMPLE)})
     judge(_each(completions), _endpoint(load_endpoints(endpoints), name, endpoints), out, config)
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     lines = []
     for d in summary["duels"]:
         w = d["win_rate"]
@@ -143,7 +143,11 @@ def study_score(
 
     setup_logging(quiet=as_json)
     score(study, key, sheets, out)
-    print_result(json.loads((out / "summary.json").read_text()), as_json, (out / "summary.md").read_text())
+    print_result(
+        json.loads((out / "summary.json").read_text(encoding="utf-8")),
+        as_json,
+        (out / "summary.md").read_text(encoding="utf-8"),
+    )
 
 
 def _each(folders: list[Path]) -> list[Path]:

@@ -98,7 +98,7 @@ def require_artifact(path: str | Path, kind: str, made_by: str) -> None:
 
 def _kind(manifest: Path) -> str:
     try:
-        return str(json.loads(manifest.read_text())["kind"])
+        return str(json.loads(manifest.read_text(encoding="utf-8"))["kind"])
     except (ValueError, KeyError, TypeError, OSError):
         return "folder with an unreadable manifest.json"
 

@@ -106,7 +106,7 @@ def run(
     except KeyboardInterrupt:
         raise Interrupted("finished steps are saved") from None
     if failed is None or failed.reported:
-        print((folder / "summary.json").read_text() if as_json else f"\n{result_text(folder, workdir)}")
+        print((folder / "summary.json").read_text(encoding="utf-8") if as_json else f"\n{result_text(folder, workdir)}")
     if failed is not None:
         print(f"error: {failed}", file=sys.stderr)
         sys.exit(EXIT_FAILED_BRANCH)
@@ -117,7 +117,7 @@ def result_text(folder: Path, workdir: Path) -> str:
     import contextlib
     import io
 
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         print("Perplexity on the test abstracts (mean over abstracts; lower is better)\n")

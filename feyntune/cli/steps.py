@@ -63,7 +63,7 @@ def ingest(
         delay=delay,
         state=state,
     )
-    counts = json.loads((out / "counts.json").read_text())
+    counts = json.loads((out / "counts.json").read_text(encoding="utf-8"))
     line = f"{out}: {counts['kept']:,} papers, digest {manifest.digest[:16]}"
     print_result({**counts, "digest": manifest.digest}, as_json, line)
 
@@ -83,7 +83,7 @@ def split(
 
     setup_logging(quiet=as_json)
     manifest = split(corpus, out, after=after, previous=previous, mixtures=mixtures)
-    audit = json.loads((out / "audit.json").read_text())
+    audit = json.loads((out / "audit.json").read_text(encoding="utf-8"))
     line = f"{out}: digest {manifest.digest[:16]}; audit.json has the leak check"
     print_result({**audit, "digest": manifest.digest}, as_json, line)
 
@@ -131,7 +131,7 @@ def _require_mixture(data: Path, mixture: str) -> None:
     """Check that the split has the mixture, and name the nearest one where it has not."""
     import difflib
 
-    mixtures = list(json.loads((data / "audit.json").read_text())["mixtures"])
+    mixtures = list(json.loads((data / "audit.json").read_text(encoding="utf-8"))["mixtures"])
     if mixture not in mixtures:
         near = difflib.get_close_matches(mixture, mixtures, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(mixtures)}."
@@ -194,7 +194,7 @@ def compare(
 
 def _print_comparison(folder: Path, as_json: bool) -> None:
     """A short table; the whole one is in the folder."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(summary))
         return

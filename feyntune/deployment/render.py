@@ -95,7 +95,9 @@ def expected_models(spec: ServingSpec, state: State) -> dict[str, str]:
 
 
 def _inference_service(spec: ServingSpec) -> Object:
-    on_cpus, on_gpus, vllm = yaml.safe_load_all(files("feyntune.deployment").joinpath("predictor.yaml").read_text())
+    on_cpus, on_gpus, vllm = yaml.safe_load_all(
+        files("feyntune.deployment").joinpath("predictor.yaml").read_text(encoding="utf-8")
+    )
     rendered: Object = vllm if spec.engine == "vllm" else on_gpus if spec.gpus else on_cpus
     rendered["metadata"] |= _metadata(spec)
     predictor = rendered["spec"]["predictor"]

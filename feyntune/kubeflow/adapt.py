@@ -66,7 +66,7 @@ def read_settings(path: str | Path) -> Settings:
         UserError: the file is not there, or a field of it is unknown or of the wrong kind (named).
     """
     try:
-        return Settings.model_validate(yaml.safe_load(Path(path).read_text()) or {})
+        return Settings.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
     except OSError as e:
         raise UserError(f"Settings file {path} cannot be read ({e.strerror}): check the path.") from e
     except (ValidationError, yaml.YAMLError) as e:

@@ -65,7 +65,7 @@ def check_store(uri: str) -> None:
     name = f"tests/{secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory() as tmp:
         with write_artifact(Path(tmp) / "out", kind="check") as folder:
-            (folder.path / "small.txt").write_text("feyntune")
+            (folder.path / "small.txt").write_text("feyntune", encoding="utf-8")
             (folder.path / "large.bin").write_bytes(secrets.token_bytes(6 << 20))  # more than one part of an upload
         sent = push(store, Path(tmp) / "out", name)
         try:
@@ -97,15 +97,16 @@ def check_endpoint(url: str) -> None:
     base = f"{url.rstrip('/')}/openai/v1"
     headers = {}
     if KEYS.is_file():
-        headers = {"Authorization": f"Bearer {KEYS.read_text().split()[0]}"}
+        headers = {"Authorization": f"Bearer {KEYS.read_text(encoding='utf-8').split()[0]}"}
     models = [m["id"] for m in _answer("GET", f"{base}/models", headers=headers).json()["data"]]
     request = {"model": "base", "prompt": "We study", "max_tokens": 8, "temperature": 0}
     answer = _answer("POST", f"{base}/completions", headers=headers, json=request)
     made = answer.json()
     version = answer.headers.get("x-feyntune-version", "")
     expected = os.environ.get("FEYNTUNE_EXPECT_VERSION", "")
-    if expected and version and version != expected:
-        raise UserError(f"{url} is answered by feyntune {version}, not {expected}: by old pods, or another image.")
+    if expected and version != expected:
+        answered = f"feyntune {version}" if version else "a server that does not name its version"
+        raise UserError(f"{url} is answered by {answered}, not {expected}: by old pods, or another image.")
     if made["usage"]["completion_tokens"] < 1:
         raise UserError(f"{url} completed no token: see the endpoint's log.")
     log.info("%s serves %s; it completed %d tokens", url, ", ".join(models), made["usage"]["completion_tokens"])

@@ -200,7 +200,7 @@ def fail_if_any_failed(comparison: str) -> None:
     Raises:
         VariantsFailed: at least one failed.
     """
-    failures = json.loads((Path(comparison) / "summary.json").read_text())["failures"]
+    failures = json.loads((Path(comparison) / "summary.json").read_text(encoding="utf-8"))["failures"]
     if failures:
         why = "; ".join(f"{f['variant']} ({f['step']}): {' '.join(f['error'].split())}" for f in failures)
         count = "1 variant" if len(failures) == 1 else f"{len(failures)} variants"

@@ -85,7 +85,7 @@ def submit(
     if arguments.get("mixtures"):
         arguments = {"variants": [], **arguments}  # all of theirs, in place of the catalog's twenty
     with _package(pipeline, images, flavor, settings) as package:
-        text = package.read_text()
+        text = package.read_text(encoding="utf-8")
         check_arguments(pipeline, next(yaml.load_all(text, Loader=yaml.CSafeLoader)), arguments)
         with kubeflow_client(host, namespace, token_file) as client:
             pipeline_id = _pipeline_id(client, f"{prefix}-{pipeline}", package, namespace)
@@ -151,7 +151,7 @@ def kubeflow_client(host: str, namespace: str | None, token_file: str | None) ->
     from kfp import Client
     from kfp_server_api import ApiException
 
-    token = Path(token_file).read_text().strip() if token_file else None
+    token = Path(token_file).read_text(encoding="utf-8").strip() if token_file else None
     try:
         # The client itself asks five times over 25 seconds and then hides the answer.
         health = requests.get(
@@ -210,7 +210,7 @@ def _package(pipeline: str, images: str | None, flavor: str, settings: str | Non
     given = read_settings(settings) if settings else Settings(images=images or "", gpus=0 if flavor == "cpu" else None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"feyntune-{pipeline}.yaml"
-        path.write_text(adapt((COMPILED / f"{pipeline}.yaml").read_text(), given))
+        path.write_text(adapt((COMPILED / f"{pipeline}.yaml").read_text(encoding="utf-8"), given), encoding="utf-8")
         yield path
 
 
@@ -225,7 +225,7 @@ def _pipeline_id(client: Any, name: str, package: Path, namespace: str | None) -
     # get_pipeline_id of the client looks among shared pipelines only.
     listed = client.list_pipelines(filter=_named(name), namespace=namespace).pipelines
     if not listed:
-        info = next(yaml.load_all(package.read_text(), Loader=yaml.CSafeLoader))["pipelineInfo"]
+        info = next(yaml.load_all(package.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))["pipelineInfo"]
         new = V2beta1Pipeline(display_name=name, name=name, description=info["description"], namespace=namespace)
         try:
             created = PipelineServiceApi(client._pipelines_api.api_client).pipeline_service_create_pipeline(new)

@@ -144,11 +144,16 @@ class Server:
         return target
 
     async def tokens(self, text: str) -> list[int]:
-        """Token ids of a prompt; long ones are read in a thread, so that nobody waits for them."""
+        """Token ids of a prompt; long ones are read in a thread, so that nobody waits for them.
+
+        A prompt that begins with the text of BOS, as chat front ends paste it, has it once: no text of the training
+        began with two.
+        """
         _, _, tokenizer = self.require_ready()
-        if len(text) < 10_000:
-            return prompt_ids(tokenizer, text)
-        return await asyncio.to_thread(prompt_ids, tokenizer, text)
+        ids = (
+            prompt_ids(tokenizer, text) if len(text) < 10_000 else await asyncio.to_thread(prompt_ids, tokenizer, text)
+        )
+        return ids[1:] if ids[1:2] == [tokenizer.bos_token_id] else ids
 
     async def chat_tokens(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation, by the base's chat template or the one given at start."""

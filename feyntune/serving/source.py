@@ -97,7 +97,7 @@ class RegistrySource:
         """
         with tempfile.TemporaryDirectory(prefix="feyntune-card-") as tmp:
             pull(self.registry.store, self._versions[version.name].card, Path(tmp) / "card", kind="card")
-            return (Path(tmp) / "card" / "README.md").read_text()
+            return (Path(tmp) / "card" / "README.md").read_text(encoding="utf-8")
 
 
 def _served_version(version: Version) -> ServedVersion:

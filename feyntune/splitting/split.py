@@ -1,7 +1,6 @@
 """The split step: a corpus in; its papers assigned, the mixtures drawn from them, and the audit, out."""
 
 import json
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from feyntune.splitting.assign import Assignment
 from feyntune.splitting.audit import verify_no_leakage
 from feyntune.splitting.duplicates import PERMUTATIONS, ROWS, SHINGLE_WORDS, THRESHOLD, Duplicates, find_duplicates
 from feyntune.splitting.mixtures import draw
-from feyntune.telemetry import log, progress
+from feyntune.telemetry import log, peak_memory_bytes, progress
 from feyntune.variants import load_mixtures
 
 KEY = "feyntune"
@@ -112,11 +111,11 @@ def split(
             "mixtures": report,
             "leakage_check": verify_no_leakage(folder.path, threshold),
         }
-        (folder.path / "audit.json").write_text(json.dumps(audit, indent=1))
+        (folder.path / "audit.json").write_text(json.dumps(audit, indent=1), encoding="utf-8")
         seconds = time.monotonic() - started
         folder.stats["seconds"] = round(seconds, 3)
         folder.stats["papers_per_second"] = round(len(papers) / seconds, 1)
-        folder.stats["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        folder.stats["peak_memory_bytes"] = peak_memory_bytes()
     for name, entry in report.items():
         if not entry["available"]:
             log.warning("mixture %s is left out: %s", name, entry["reason"])

@@ -45,7 +45,7 @@ def read_mixture(data: str | Path, mixture: str, split: str, most: int | None = 
 
 
 def _why_empty(data: Path, mixture: str, known: list[str]) -> str:
-    audit = json.loads((data / "audit.json").read_text())
+    audit = json.loads((data / "audit.json").read_text(encoding="utf-8"))
     reason = audit.get("mixtures", {}).get(mixture, {}).get("reason")
     if reason:
         return f"Mixture {mixture} is not available in this corpus: {reason}"

@@ -65,7 +65,7 @@ class Checkpointer:
                     folder = Path(tmp) / "checkpoint"
                     manifest = pull(self.store, f"{self.prefix}/{name}", folder, kind="checkpoint")
                     tensors = load_file(folder / "state.safetensors")
-                    progress = json.loads((folder / "progress.json").read_text())
+                    progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
             except (ArtifactError, StoreError) as e:
                 log.warning("checkpoint %s is skipped for the one before it: %s", name, e)
                 store_error = e if isinstance(e, StoreError) else store_error
@@ -110,7 +110,7 @@ class Checkpointer:
                 folder = Path(tmp) / "checkpoint"
                 with write_artifact(folder, "checkpoint", self.inputs, self.config) as writer:
                     save_file(state.tensors, writer.path / "state.safetensors")
-                    (writer.path / "progress.json").write_text(json.dumps(state.progress))
+                    (writer.path / "progress.json").write_text(json.dumps(state.progress), encoding="utf-8")
                     writer.stats |= state.stats
                 push(self.store, folder, f"{self.prefix}/{name}")
             self.valid.append(name)

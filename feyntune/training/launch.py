@@ -96,7 +96,7 @@ def _run(job: dict[str, Any], settings: TrainConfig, variant: str, stop_requests
     """Run the job's processes to their end; raises what the first of them to fail stands for."""
     with tempfile.TemporaryDirectory(prefix="feyntune-") as tmp:
         path = Path(tmp) / "job.json"
-        path.write_text(json.dumps({**job, "outcomes": tmp}))
+        path.write_text(json.dumps({**job, "outcomes": tmp}), encoding="utf-8")
         processes = _start(path, settings.devices)
         codes = _wait(processes, stop_requests, settings.save_deadline + _GRACE)
         if any(codes.values()):
@@ -229,7 +229,7 @@ def _failure(folder: Path, codes: dict[int, int], stop_requested: bool, variant:
     """The error that processes which ended with `codes`, in that order, stand for."""
     outcomes = {}
     for path in folder.glob("rank-*.json"):
-        outcomes[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text())
+        outcomes[int(path.stem.removeprefix("rank-"))] = json.loads(path.read_text(encoding="utf-8"))
     killed = {rank: code for rank, code in codes.items() if code < 0 and rank not in outcomes}
     if outcomes and (stop_requested or not killed):
         # Rank 0 is the one that saves; of faults the earliest is the cause of the others.
@@ -251,7 +251,7 @@ def _failure(folder: Path, codes: dict[int, int], stop_requested: bool, variant:
 
 def work(path: Path) -> int:
     """One training process: run the job, leave its outcome beside it, return the exit code."""
-    job = json.loads(path.read_text())
+    job = json.loads(path.read_text(encoding="utf-8"))
     rank = int(os.environ.get("RANK", "0"))
     setup(quiet=rank > 0)
     try:
@@ -271,7 +271,7 @@ def work(path: Path) -> int:
     except BaseException:
         kind, message, code = "fault", traceback.format_exc(), EXIT_FAULT
     outcome = {"kind": kind, "message": message, "time": time.time()}
-    (Path(job["outcomes"]) / f"rank-{rank}.json").write_text(json.dumps(outcome))
+    (Path(job["outcomes"]) / f"rank-{rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
     return code
 
 

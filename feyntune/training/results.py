@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 
 from feyntune.errors import UserError
 from feyntune.model.base import split_pin
+from feyntune.telemetry import peak_memory_bytes
 
 
 def write_adapter(model: PeftModel, base: str, folder: Path) -> None:
@@ -30,7 +30,9 @@ def write_adapter(model: PeftModel, base: str, folder: Path) -> None:
         "inference_mode": True,
     }
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=1, sort_keys=True, default=str))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(plain, indent=1, sort_keys=True, default=str), encoding="utf-8"
+    )
 
 
 def hardware(device: torch.device) -> str:
@@ -38,7 +40,7 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()
@@ -48,4 +50,4 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most allocated on the GPU, or a CPU process's largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()

@@ -224,7 +224,7 @@ def _train(
     }
     with write_artifact(out, "adapter", inputs, metadata) as folder:
         write_adapter(model, base, folder.path)
-        (folder.path / "curve.json").write_text(json.dumps(state.curve(), indent=1))
+        (folder.path / "curve.json").write_text(json.dumps(state.curve(), indent=1), encoding="utf-8")
         folder.stats |= stats
     manifest = open_artifact(out, "adapter")
     if checkpointer is not None:

@@ -287,6 +287,29 @@ def test_a_private_ca_is_trusted_by_each_of_its_names(env, keys, certificate, na
         assert not open_store("s3://bucket").exists("a")
 
 
+def test_files_of_two_names_are_both_trusted(env, keys, certificate, tmp_path):
+    """A machine's own AWS_CA_BUNDLE must not hide the SSL_CERT_FILE that somebody sets for one server."""
+    other = tmp_path / "other.pem"
+    subject = ["-subj", "/CN=other", "-keyout", str(tmp_path / "k.pem"), "-out", str(other)]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject], check=True)
+    with serving(certificate=certificate) as server:
+        env(S3_ENDPOINT=server.url, AWS_CA_BUNDLE=str(other), SSL_CERT_FILE=str(certificate[0]))
+        assert not open_store("s3://bucket").exists("a")
+        env(SSL_CERT_FILE=str(other))
+        with pytest.raises(StoreError, match="certificate is not trusted"):
+            open_store("s3://bucket").exists("a")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+)
+def test_a_file_without_certificates_is_one_sentence(env, keys, tmp_path, text):
+    (tmp_path / "ca.pem").write_text(text)
+    env(S3_ENDPOINT="https://127.0.0.1:1", SSL_CERT_FILE=str(tmp_path / "ca.pem"))
+    with pytest.raises(UserError, match="is no file of PEM certificates"):
+        open_store("s3://bucket")
+
+
 def test_a_certificate_that_is_not_trusted_is_named_at_once(env, keys, certificate):
     with serving(certificate=certificate) as server:
         env(S3_ENDPOINT=server.url)

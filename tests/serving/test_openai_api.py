@@ -401,3 +401,11 @@ def test_fields_that_ask_for_nothing_are_accepted(endpoint):
     fields |= {"skip_special_tokens": True, "metadata": {"a": "b"}, "store": False, "service_tier": None}
     body = {"model": "base", "prompt": "The soup", "max_tokens": 2, **fields}
     assert httpx.post(f"{endpoint.url}/openai/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def test_a_prompt_that_begins_with_the_text_of_bos_has_it_once(client, tokenizer):
+    ask = {"model": "base", "max_tokens": 2, "temperature": 0, "echo": True, "logprobs": 0}
+    plain = client.completions.create(prompt="The soup", **ask)
+    pasted = client.completions.create(prompt=f"{tokenizer.bos_token}The soup", **ask)
+    assert pasted.usage == plain.usage
+    assert pasted.choices[0].logprobs.tokens == plain.choices[0].logprobs.tokens
