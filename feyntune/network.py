@@ -112,7 +112,7 @@ def refuse_link_local(url: str) -> None:
             if ip.is_link_local or (
                 isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped and ip.ipv4_mapped.is_link_local
             ):
-                raise UserError(f"{url} is a link-local address (a cloud's metadata service, for one): it is refused.")
+                raise UserError(f"{url} is a link-local address (such as a cloud's metadata service): it is refused.")
 
 
 def describe_failure(error: Exception, url: str) -> str:

@@ -92,7 +92,7 @@ def _path(source: str) -> Path:
     shipped = sorted(p.stem for p in FOLDER.glob("*.yaml"))
     if source in shipped:
         return FOLDER / f"{source}.yaml"
-    raise UserError(f"--recipe {source}: there is no such file; the recipes by name are {', '.join(shipped)}.")
+    raise UserError(f"--recipe {source}: no such file; named recipes are {', '.join(shipped)}.")
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -104,11 +104,11 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
-        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C where there is one
+        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C if available
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{name} is not YAML ({' '.join(str(e).split())}): see recipes/paper.yaml.") from e
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"{name} holds no settings: write sections train and evaluate, as recipes/paper.yaml does.")
+        raise UserError(f"{name} has no settings: write sections train and evaluate, as in recipes/paper.yaml.")
     return value or {}
 
 
@@ -148,7 +148,7 @@ def check_recipe(
                 "train" if key in TrainConfig.model_fields else "evaluate" if key in EvaluateConfig.model_fields else ""
             )
             hint = f"write it under {home}" if home else "its sections are train and evaluate"
-            raise UserError(f"{name}: there is no section {key}: {hint}.")
+            raise UserError(f"{name}: no section {key}: {hint}.")
         if not isinstance(part, dict) or not all(isinstance(setting, str) for setting in part):
             raise UserError(f"{name}: {key} must hold settings, such as {key}.precision.")
     try:

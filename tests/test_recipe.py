@@ -51,7 +51,7 @@ def test_completions_can_be_switched_off() -> None:
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("nowhere.yaml", [], "no such file; the recipes by name are paper, tiny"),
+        ("nowhere.yaml", [], "no such file; named recipes are paper, tiny"),
         ('{"epochs": 2}', [], "no section epochs: write it under train"),
         ('{"train": {"epoch": 2}}', [], "train.epoch: .*epochs"),
         ('{"train": {"rank": 2}}', [], "train.rank: .*lora_rank"),

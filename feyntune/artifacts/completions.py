@@ -120,7 +120,7 @@ def read_completions(folders: Sequence[str | Path], filter: CompletionFilter) ->
             if name in manifest.config.get("systems", {}):
                 result.models[name] = manifest.config["systems"][name]["model"]
     if result is None or BASE not in rows:
-        raise UserError("The base model's completions are not given: add its evaluation, every system is held to it.")
+        raise UserError("The base model's completions are not given: add its evaluation.")
     names = [BASE, *sorted(rows.keys() - {BASE})]
     everywhere = set.intersection(*(set(rows[name]) for name in names))
     result.left_out = len(set.union(*(set(rows[name]) for name in names))) - len(everywhere)

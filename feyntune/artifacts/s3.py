@@ -142,7 +142,7 @@ class _Fetched(Provider):
                 time.sleep(0.2 * attempt)
         if self.what is None:
             raise UserError(_NO_KEYS) from None
-        raise UserError(f"No keys for S3 could be had from {self.what} ({reason}): correct it.") from None
+        raise UserError(f"No S3 keys were returned by {self.what} ({reason}): correct it.") from None
 
 
 def _keys_pool(url: str, seconds: float = 10) -> urllib3.PoolManager:
@@ -242,7 +242,7 @@ class S3Store:
                 if not answer.headers.get("etag"):
                     raise StoreError(f"{self.uri}/{name}: {self.endpoint} is not an S3 store: {_PAGE}.")
                 return True
-        raise StoreError(f"{self.uri}/{name}: the store answers ConditionalRequestConflict again and again: try later.")
+        raise StoreError(f"{self.uri}/{name}: the store keeps answering ConditionalRequestConflict: try again later.")
 
     def modified(self, name: str) -> datetime:
         with self._asking(name, "s3:GetObject"):

@@ -25,7 +25,7 @@ from feyntune.errors import UserError
 
 app = typer.Typer()
 
-Flavor = Annotated[Literal["gpu", "cpu"], typer.Option(help="cpu: steps ask for no GPUs.")]
+Flavor = Annotated[Literal["gpu", "cpu"], typer.Option(help="cpu: steps request no GPUs.")]
 Host = Annotated[str, typer.Option(help="URL of Kubeflow Pipelines.")]
 Images = Annotated[str | None, typer.Option(help="Prefix of the images in your registry.")]
 Namespace = Annotated[str | None, typer.Option(help="Profile namespace (multi-user Kubeflow).")]
@@ -41,7 +41,7 @@ ClusterSettings = Annotated[
 
 @app.command("compile", epilog="Example: feyntune compile --settings cluster.yaml --out build")
 def compile_(out: Out, settings: ClusterSettings = None, as_json: Json = False) -> None:
-    """Write the pipelines' YAML, with a cluster's own values in it, to upload by hand."""
+    """Write the pipelines' YAML with a cluster's settings, for a manual upload."""
     from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, read_settings
 
     values = read_settings(settings) if settings else Settings()
@@ -148,7 +148,7 @@ def _run_text(run_id: str, report: Path | None) -> str:
 @app.command("push-base", epilog="Example: feyntune push-base llama-3.1-8b s3://feyntune/bases/llama-3.1-8b")
 def push_base(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model: config, tokenizer, safetensors.")],
-    address: Annotated[str, typer.Argument(help="Where to put it: s3://BUCKET/FOLDER.")],
+    address: Annotated[str, typer.Argument(help="Address to copy it to: s3://BUCKET/FOLDER.")],
     precision: Annotated[
         Literal["nf4"] | None, typer.Option(help="nf4: also a quantized copy, which steps in NF4 load directly.")
     ] = None,
@@ -167,12 +167,12 @@ def push_base(
 @app.command(epilog="Example: feyntune deploy serving.yaml --timeout 900")
 def deploy(
     spec: Annotated[Path, typer.Argument(help="YAML file that describes the endpoint (docs/operate.md).")],
-    url: Annotated[str | None, typer.Option(help="Where this machine reaches the endpoint.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL at which this machine reaches the endpoint.")] = None,
     key_file: Annotated[
         Path | None,
-        typer.Option(help="File with one of the endpoint's bearer keys, where it asks for one (keys_secret)."),
+        typer.Option(help="File with one of the endpoint's bearer keys, if it requires one (keys_secret)."),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until it must answer.")] = 1800,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to answer.")] = 1800,
     as_json: Json = False,
 ) -> None:
     """Deploy the registry's adapters to KServe; roll back if a smoke test fails."""

@@ -98,9 +98,7 @@ def study_make(
         int | None, typer.Option(help="Number of papers drawn; by default 25, or all that every system completed.")
     ] = None,
     common: Annotated[int | None, typer.Option(help="Number of them that all raters score; by default 5.")] = None,
-    system: Annotated[list[str] | None, typer.Option(help="System beside the base; repeatable; all by default.")] = (
-        None
-    ),
+    system: Annotated[list[str] | None, typer.Option(help="System to include; repeatable; all by default.")] = (None),
     filter: FilterOption = "{}",
     show_reference: Annotated[bool, typer.Option(help="Show raters the abstract's own continuation.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws; random by default; written to the key.")] = None,

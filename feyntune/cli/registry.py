@@ -165,7 +165,7 @@ def registry_export(
 
 @registry_app.command("backup", epilog="Example: feyntune registry backup s3://backups/feyntune-registry")
 def registry_backup(
-    target: Annotated[str, typer.Argument(help="Where the copy goes: a folder or s3://BUCKET/PREFIX.")],
+    target: Annotated[str, typer.Argument(help="Target: a folder or s3://BUCKET/PREFIX.")],
     registry: RegistryUri = DEFAULT_REGISTRY,
     as_json: Json = False,
 ) -> None:
@@ -197,7 +197,7 @@ def registry_fsck(
     registry: RegistryUri = DEFAULT_REGISTRY,
     as_json: Json = False,
 ) -> None:
-    """Check events, adapters, cards and champions; exit 1 where something is wrong."""
+    """Check events, adapters, cards and champions; exit with 1 if anything is wrong."""
     from feyntune.registry.maintenance import check_registry
 
     setup_logging(quiet=as_json)

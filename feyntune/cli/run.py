@@ -173,7 +173,7 @@ def plan(
     price: Annotated[float | None, typer.Option(help="Price of one device for one hour, in your currency.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate tokens, steps, memory, GPU-hours and cost of variants, beside the published recipe's."""
+    """Estimate tokens, steps, memory, GPU-hours and cost of variants, next to the published recipe."""
     from dataclasses import asdict
 
     from feyntune.errors import UserError

@@ -25,19 +25,21 @@ def serve(
     ),
     vllm_command: Annotated[str, typer.Option(help="What runs vLLM's command line.")] = "vllm",
     vllm_args: Annotated[
-        str, typer.Option(help='Further options of `vllm serve`, such as "--gpu-memory-utilization=0.8".')
+        str, typer.Option(help='Additional options of `vllm serve`, such as "--gpu-memory-utilization=0.8".')
     ] = "",
-    max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 40,
-    max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 8,
-    batch_requests: Annotated[int, typer.Option(help="Most requests computed at once.")] = 64,
-    batch_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 512,
+    max_adapters: Annotated[int, typer.Option(help="Maximum number of adapters in memory.")] = 40,
+    max_rank: Annotated[int, typer.Option(help="Maximum LoRA rank.")] = 8,
+    batch_requests: Annotated[int, typer.Option(help="Maximum number of requests computed at once.")] = 64,
+    batch_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in one step.")] = 512,
     cache_tokens: Annotated[
         int,
         typer.Option(help="Tokens of the key-value cache, for all requests together."),
     ] = 32768,
-    queue: Annotated[int, typer.Option(help="Most requests waiting, of each key; keys are served in turn.")] = 256,
-    queue_seconds: Annotated[float, typer.Option(help="Longest wait in the queue.")] = 120.0,
-    request_seconds: Annotated[float, typer.Option(help="Longest time for one request, waiting included.")] = 300.0,
+    queue: Annotated[
+        int, typer.Option(help="Maximum number of waiting requests per key; keys are served in turn.")
+    ] = 256,
+    queue_seconds: Annotated[float, typer.Option(help="Maximum wait in the queue.")] = 120.0,
+    request_seconds: Annotated[float, typer.Option(help="Maximum time for one request, waiting included.")] = 300.0,
     body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 1 << 20,
     chat_template: Annotated[
         str | None, typer.Option(help="File with a Jinja chat template, or the template itself.")
@@ -47,11 +49,11 @@ def serve(
         typer.Option(help="Origins whose pages may call from a browser, separated by commas; * is all."),
     ] = "",
     canary_share: Annotated[
-        float, typer.Option(help="Fraction (0 to 1) of the champion's requests for the newest version in staging.")
+        float, typer.Option(help="Share (0 to 1) of the champion's requests for the newest version in staging.")
     ] = 0.0,
     drain_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 60.0,
     linger_seconds: Annotated[float, typer.Option(help="Time to take new requests after SIGTERM.")] = 0.0,
-    keys_file: Annotated[Path | None, typer.Option(help="Bearer keys, one a line; without it, no key is needed.")] = (
+    keys_file: Annotated[Path | None, typer.Option(help="File of bearer keys, one per line; default: no keys.")] = (
         None
     ),
     workbench: Annotated[bool, typer.Option(help="Serve the workbench page at /.")] = True,

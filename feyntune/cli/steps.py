@@ -182,7 +182,7 @@ def compare(
     tasks: Annotated[list[Path] | None, typer.Option(help="Folder of `tasks`; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare evaluations, with the scores of people and judges where there are any."""
+    """Compare evaluations; optionally add the scores of people and judges."""
     require_artifact(data, "split", "split")
     adapters = pairs_of(adapter)
     from feyntune.evaluation.compare import compare

@@ -19,7 +19,7 @@ def copy_demo_base(folder: Path) -> Path:
     """
     if not is_artifact(folder):
         if folder.exists():
-            raise UserError(f"{folder} is no base model: move it away, or give --workdir another folder.")
+            raise UserError(f"{folder} is not a base model: move it, or use another --workdir.")
         open_artifact(SHIPPED, "base")
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f".{folder.name}.partial")

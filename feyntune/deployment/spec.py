@@ -45,27 +45,27 @@ class ServingSpec(BaseModel):
         "builtin",
         description="What computes in the predictor: `builtin` (CPUs or one GPU) or `vllm` (a vLLM server in the pod).",
     )
-    max_rank: Literal[8, 16, 32, 64, 128] = Field(8, description="Largest LoRA rank.")
+    max_rank: Literal[8, 16, 32, 64, 128] = Field(8, description="Maximum LoRA rank.")
     max_adapters: int = Field(40, ge=1, le=128, description="Adapters in (GPU) memory at once.")
     max_cpu_adapters: int = Field(
         48,
         ge=1,
         description="LLMInferenceService only: adapters in host memory; at least twice the registry's, see render.",
     )
-    batch_requests: int = Field(64, ge=1, description="Most requests computed at once.")
-    batch_tokens: int = Field(512, ge=1, description="Most tokens in one step.")
+    batch_requests: int = Field(64, ge=1, description="Maximum number of requests computed at once.")
+    batch_tokens: int = Field(512, ge=1, description="Maximum number of tokens in one step.")
     cache_tokens: int = Field(
         32768,
         ge=64,
         description="Tokens of the key-value cache, for all requests together; with vLLM, of the longest request.",
     )
-    queue: int = Field(256, ge=1, description="Most requests waiting, of each key; keys are served in turn.")
-    queue_seconds: int = Field(120, ge=1, description="Longest wait in the queue.")
-    request_seconds: int = Field(300, ge=1, description="Longest time for one request, waiting included.")
+    queue: int = Field(256, ge=1, description="Maximum number of waiting requests per key; keys are served in turn.")
+    queue_seconds: int = Field(120, ge=1, description="Maximum wait in the queue.")
+    request_seconds: int = Field(300, ge=1, description="Maximum time for one request, waiting included.")
     body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body.")
     chat_template: str = Field("", description="Jinja template of conversations, for a base without one.")
     cors_origins: list[str] = Field([], description="Origins whose pages may call the endpoint from a browser.")
-    vllm_args: list[str] = Field([], description="Further options of `vllm serve`, with `engine: vllm`.")
+    vllm_args: list[str] = Field([], description="Additional options of `vllm serve`, with `engine: vllm`.")
     host: Literal["0.0.0.0", "::"] = Field(
         "0.0.0.0", description="Address the predictor listens on; `::` where pods have IPv6 addresses only."
     )
@@ -73,9 +73,9 @@ class ServingSpec(BaseModel):
         False,
         description="Give the predictor a writable root file system: nvidia-cdi-hook needs it on nodes with CDI.",
     )
-    extra_args: list[str] = Field([], description="Further options of `feyntune serve`; the predictor only.")
+    extra_args: list[str] = Field([], description="Additional options of `feyntune serve`; the predictor only.")
     s3_endpoint: str = Field(description="URL of the S3 server, as pods reach it.")
-    s3_region: str = Field("us-east-1", description="Region that requests are signed for.")
+    s3_region: str = Field("us-east-1", description="Region used to sign requests.")
     s3_secret: str = Field(
         S3_SECRET, pattern=_NAME, description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
     )

@@ -206,7 +206,7 @@ class BatchingEngine:
             return
         if request.non_finite:
             self._manager.cancel_request(request.id)
-            self._end(request, NonFiniteError("What the model computed for this request is not finite."))
+            self._end(request, NonFiniteError("The model's output for this request is not finite."))
             return
         for i in range(request.delivered, len(out.generated_tokens)):
             known = request.log_probabilities
@@ -286,7 +286,7 @@ class BatchingEngine:
 
     def _log_probabilities(self, job: _Scoring, hidden: torch.Tensor) -> list[Token] | Exception:
         if not torch.isfinite(hidden).all():
-            return NonFiniteError("What the model computed for this request is not finite.")
+            return NonFiniteError("The model's output for this request is not finite.")
         scored = [Token(job.tokens[0])]
         for start in range(0, len(job.tokens) - 1, 256):  # in parts: [tokens, vocabulary] would be large
             after = torch.tensor(job.tokens[start + 1 : start + 257], device=hidden.device)
@@ -366,7 +366,7 @@ class BatchingEngine:
                 self._empty(index)
                 raise
             self._empty(index)
-        raise InvalidAdapterError("its weights make the model overflow: what it computes is not finite")
+        raise InvalidAdapterError("its weights make the model overflow: its outputs are not finite")
 
     def _empty(self, index: int) -> None:
         for layer in self._layers.values():

@@ -196,7 +196,7 @@ def _check_shapes(
             raise InvalidAdapterError(f"{b_name} is missing")
         b, (features_in, features_out) = shapes[b_name], layers[module]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
-            raise InvalidAdapterError(f"{name} has shape {list(a)}, its B {list(b)}: they are no LoRA pair")
+            raise InvalidAdapterError(f"{name} has shape {list(a)}, its B {list(b)}: they are not a LoRA pair")
         if a[1] != features_in or b[0] != features_out:
             raise InvalidAdapterError(
                 f"{name} maps {a[1]} to {b[0]} features, the base's layer {features_in} to "

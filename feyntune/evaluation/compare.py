@@ -93,7 +93,7 @@ def compare(
         done = open_artifact(out, "comparison")
         if (done.inputs, done.config) == (inputs, settings):
             return done
-        raise UserError(f"{out} holds a comparison of something else: choose another folder.")
+        raise UserError(f"{out} holds another comparison: choose another folder.")
 
     groups = _groups(base, config)
     curves = {name: json.loads((Path(adapters[name]) / "curve.json").read_text(encoding="utf-8")) for name in variants}
@@ -227,16 +227,16 @@ def _check_like(base: _System, other: _System) -> None:
         if expected.inputs[key] != actual.inputs[key]:
             raise UserError(
                 f"{other.name} was measured on {what} {actual.inputs[key][:16]}, the base on "
-                f"{expected.inputs[key][:16]}: measure both alike."
+                f"{expected.inputs[key][:16]}: measure both in the same way."
             )
     if other.conditions != base.conditions or other.conditions is None:
         unlike = ", ".join(differences(other.conditions, base.conditions))
-        raise UserError(f"{other.name} was measured otherwise than the base, in {unlike}: evaluate both alike.")
+        raise UserError(f"{other.name} was measured differently from the base, in {unlike}: evaluate both alike.")
     for setting in expected.config.keys() - {"include_base"}:
         if expected.config[setting] != actual.config.get(setting):
             raise UserError(
                 f"{other.name} was measured with {setting} {actual.config.get(setting)}, the base with "
-                f"{expected.config[setting]}: measure both alike."
+                f"{expected.config[setting]}: measure both in the same way."
             )
     if base.scores["id"].tolist() != other.scores["id"].tolist():
         raise UserError(f"{other.name} was not measured on the abstracts of the base: evaluate it again.")

@@ -366,7 +366,7 @@ def _embed(made: Mapping[str, pa.Table], model: str | None) -> tuple[dict[str, A
     try:
         embedder = Embedder(model)
     except UserError as e:
-        log.warning("semantic similarity is left out: %s", e)
+        log.warning("no semantic similarity: %s", e)
         return {}, {"similarity": {"model": model, "missing": str(e)}}
     texts = {
         text

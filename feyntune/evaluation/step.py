@@ -49,7 +49,7 @@ def _unlike(base: Path, other: Path) -> list[str]:
 
 def _incomparable(variant: str, unlike: list[str], out: Path) -> Path:
     """The `failure` of a variant that was measured on other hardware than the base, say; the others are compared."""
-    error = f"It was measured otherwise than the base, in {', '.join(unlike)}: evaluate both on the same hardware."
+    error = f"It was measured differently from the base, in {', '.join(unlike)}: evaluate both on the same hardware."
     outcome = {"variant": variant, "step": "evaluate", "error": error, "traceback": ""}
     with write_artifact(out, kind="failure", config=outcome) as folder:
         (folder.path / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")

@@ -143,14 +143,14 @@ def load_endpoints(path: str | Path) -> dict[str, Endpoint]:
         raise UserError(f"{path}: {e.strerror}: give a file of endpoints (docs/people.md).") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: this is not YAML, correct it.") from None
+        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: invalid YAML, correct it.") from None
     except ValidationError as e:
         first = e.errors(include_input=False, include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}.") from None
     names = [e.name for e in parsed.endpoints]
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: two endpoints have the same name: every name must be its own.")
+        raise UserError(f"{path}: two endpoints have the same name: rename one.")
     return {e.name: e for e in parsed.endpoints}
 
 
@@ -243,7 +243,7 @@ def ask(
     with client, _Journal(beside, endpoint.name) as journal, _Signals() as signals:
         waiting = deque((k, q) for k, q in dict(zip(keys, questions, strict=True)).items() if k not in journal.answers)
         if waiting and len(waiting) < len(keys):
-            log.info("%s: %d of %d answers are there already", endpoint.name, len(keys) - len(waiting), len(keys))
+            log.info("%s: %d of %d answers are in the journal", endpoint.name, len(keys) - len(waiting), len(keys))
         errors: dict[str, str] = {}
         stopped = broken = None
         in_a_row = bought = 0
@@ -294,11 +294,11 @@ def ask(
                             log.warning("%s: unusable answer: %s", endpoint.name, reason)
                     bar.advance(1, spent=float(journal.spent))
         if signals.came:
-            raise Interrupted(f"{bought} answers of {endpoint.name} are kept")
+            raise Interrupted(f"{bought} answers of {endpoint.name} are saved")
         if broken:
             raise UserError(
                 f"Endpoint {endpoint.name} gives no answers ({broken}): correct it and start again, the answers it "
-                "gave are kept."
+                "gave are saved."
             )
         answers = [journal.answers.get(k) for k in keys]
         unusable = {i: journal.unusable[k] for i, k in enumerate(keys) if k in journal.unusable}
@@ -332,7 +332,7 @@ def _request(client: Any, endpoint: Endpoint, key: str, question: Question) -> A
     body = raw.parse()
     choices = getattr(body, "choices", None)
     if not choices:
-        raise ValueError("the answer is not of the protocol: it holds no choices")
+        raise ValueError("the answer does not follow the protocol: it has no choices")
     text = _text(choices[0].message if endpoint.api == "chat" else choices[0])
     usage = body.usage
     tokens_in, tokens_out = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
@@ -490,4 +490,4 @@ def archive_partial(out: Path) -> None:
     partial_path = out.with_name(f"{out.name}.part")
     shutil.rmtree(partial_path, ignore_errors=True)
     os.replace(out, partial_path)
-    log.info("%s is partial, now in %s; asking only for what is missing", out, partial_path)
+    log.info("%s is partial and was moved to %s; requesting only what is missing", out, partial_path)

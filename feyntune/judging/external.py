@@ -90,7 +90,7 @@ def ask(
     if (out / MANIFEST).is_file():
         done = open_artifact(out, "answers")
         if (done.inputs, done.config) != (inputs, stored):
-            raise UserError(f"{out} holds answers of something else: choose another folder.")
+            raise UserError(f"{out} holds answers to other questions: choose another folder.")
         if not any(is_partial(done.stats[s.name]) for s in systems):
             return done
         archive_partial(out)

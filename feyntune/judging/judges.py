@@ -98,15 +98,15 @@ def judge(
     config = config or JudgeConfig()
     out = Path(out)
     if endpoint.api != "chat":
-        raise UserError(f"Endpoint {endpoint.name}: a judge must be of api chat.")
+        raise UserError(f"Endpoint {endpoint.name}: a judge needs api: chat.")
     given = read_completions(folders, config.filter)
     if len(given.texts) < 2:
-        raise UserError("There is nothing to judge: give the completions of a variant beside the base's.")
+        raise UserError("There is nothing to judge: give the completions of a variant and of the base.")
     stored = {**config.model_dump(mode="json"), "judge": endpoint.public()}
     if (out / MANIFEST).is_file():
         done = open_artifact(out, "judgment")
         if (done.inputs, done.config) != (given.inputs(), stored):
-            raise UserError(f"{out} holds judgments of something else: choose another folder.")
+            raise UserError(f"{out} holds judgments of other completions: choose another folder.")
         if not is_partial(json.loads((out / "summary.json").read_text(encoding="utf-8"))["judge"]):
             return done
         archive_partial(out)

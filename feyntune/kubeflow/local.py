@@ -156,7 +156,7 @@ def _only_run(workdir: Path) -> Iterator[None]:
         except BlockingIOError as e:
             raise UserError(f"Another run is using {workdir}: wait for it, or give --workdir another folder.") from e
         except OSError as e:  # Lustre without -o flock, NFS without lockd
-            log.warning("%s has no file locks (%s): start one run at a time in it", workdir, e.strerror)
+            log.warning("%s has no file locks (%s): start only one run at a time in it", workdir, e.strerror)
         yield
 
 
@@ -194,7 +194,7 @@ def _execute(arguments: dict[str, Any], steps: Path, store: Path, log_file: Path
             runner = Runner(out, view, train_expected=not (store / "evaluations").is_dir())
 
             def interrupt(signum: int, frame: Any) -> None:
-                log.warning("interrupted: the running steps save and end")
+                log.warning("interrupted: the running steps save their state and exit")
                 runner.stop()
                 raise KeyboardInterrupt
 

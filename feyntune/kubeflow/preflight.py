@@ -134,7 +134,7 @@ def choose_variants(variants: list[str], mixtures: list[dict[str, Any]] | None =
 def refuse_null(value: Any, name: str) -> None:
     """Raises UserError where a parameter holds null, which Kubeflow's own library cannot pass on."""
     if value is None:
-        raise UserError(f"{name} is null, which Kubeflow cannot pass: leave it out, or write false to switch it off.")
+        raise UserError(f"{name} is null, which Kubeflow cannot pass: leave it out, or write false to disable it.")
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         refuse_null(inner, f"{name}.{key}")
 

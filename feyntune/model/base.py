@@ -46,14 +46,14 @@ def pin_base(base: str) -> str:
     if location.startswith("s3://"):
         manifest = stored_manifest(*stored_at(location))
         if manifest is None:
-            raise UserError(f"Base model {location} is not an artifact: put it there with `feyntune push-base`.")
+            raise UserError(f"Base model {location} is not an artifact: copy it there with `feyntune push-base`.")
         digest = manifest.digest
     elif Path(location).is_dir():
         digest = folder_digest(location)
     elif _looks_like_hub_id(location):
         digest = _hub_commit(location, expected)
     else:
-        raise UserError(f"Base model {location}: there is no such folder, and it is not a hub id like ORG/NAME.")
+        raise UserError(f"Base model {location}: no such folder, and not a hub ID such as ORG/NAME.")
     if expected is not None and expected != digest:
         raise UserError(f"Base model {location} has digest {digest[:16]}, the run was pinned to {expected[:16]}.")
     return f"{location}@{digest}"
@@ -72,7 +72,7 @@ def folder_digest(folder: str | Path) -> str:
     if is_artifact(folder):
         return read_manifest(folder).digest
     if not (folder / "config.json").is_file():
-        raise UserError(f"Base model {folder}: there is no config.json in it; give the folder of a saved model.")
+        raise UserError(f"Base model {folder}: it has no config.json; give the folder of a saved model.")
     names = _model_files(folder)
     return _folder_digest(tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in names), str(folder))
 
@@ -104,7 +104,7 @@ def quantized_copy(location: str, source: str) -> Manifest | None:
     if manifest is None:
         return None
     if manifest.inputs.get("source") != source:
-        log.warning("%s is a copy of another model than %s@%s: not used", location + QUANTIZED, location, source[:16])
+        log.warning("%s is not a copy of %s@%s and is not used", location + QUANTIZED, location, source[:16])
         return None
     return manifest
 
@@ -210,7 +210,7 @@ def _hub_files(location: str, revision: str | None, endings: tuple[str, ...]) ->
                 f"Base model {location} cannot be downloaded ({type(e).__name__}): check the name, the network and, "
                 "for a gated model such as Llama, that HF_TOKEN is set and its license accepted."
             ) from e
-    raise UserError(f"Base model {location}: there is no such folder, and it is not a hub id like ORG/NAME.")
+    raise UserError(f"Base model {location}: no such folder, and not a hub ID such as ORG/NAME.")
 
 
 def _looks_like_hub_id(location: str) -> bool:

@@ -74,7 +74,7 @@ def get_device() -> torch.device:
     if os.environ.get("FEYNTUNE_EXPECT_GPU"):
         raise UserError(
             "This step was given GPUs but torch sees none: the node's driver does not reach the container, or its "
-            "image is not the CUDA build. See docs/operate.md, Out of GPU."
+            "image is not the CUDA build. See docs/operate.md, GPU problems."
         )
     return torch.device("cpu")
 

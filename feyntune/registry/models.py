@@ -19,7 +19,7 @@ Stage = Literal["candidate", "staging", "production", "archived"]
 
 
 class ConflictError(UserError):
-    """A decision was rejected: another writer had decided in between. Look again and repeat it."""
+    """A decision was rejected: another writer had decided in between. Read the registry again and retry."""
 
 
 class Version(BaseModel):

@@ -142,7 +142,7 @@ def checked_adapter(folder: str | Path) -> tuple[Manifest, dict[str, Any], int]:
         if file not in manifest.files:
             raise UserError(f"{folder / file} is missing: an adapter holds {WEIGHTS} and {CONFIG}.")
     if not manifest.inputs.get("base"):
-        raise UserError(f"{folder}: its manifest does not say which base it was trained on: train it again.")
+        raise UserError(f"{folder}: its manifest does not name its base: train it again.")
     try:
         config = json.loads((folder / CONFIG).read_bytes())
         kind, targets = config["peft_type"], config["target_modules"]
@@ -157,7 +157,7 @@ def checked_adapter(folder: str | Path) -> tuple[Manifest, dict[str, Any], int]:
                 if ".lora_A." in tensor:
                     ranks.add(weights.get_slice(tensor).get_shape()[0])
                 elif ".lora_B." not in tensor:
-                    raise UserError(f"{folder / WEIGHTS} holds {tensor}, which is no LoRA weight: it is refused.")
+                    raise UserError(f"{folder / WEIGHTS} holds {tensor}, which is not a LoRA weight: it is refused.")
     except SafetensorError as e:
         raise UserError(f"{folder / WEIGHTS} is not a safetensors file ({e}): it is refused.") from e
     if ranks != {config.get("r")}:
@@ -219,7 +219,7 @@ def _read_summary(path: Path) -> _Summary:
     except FileNotFoundError as e:
         raise UserError(f"{path} is missing: the folder is not a comparison of this version.") from e
     except ValidationError as e:
-        raise UserError(f"{path}: {_first_error(e)}; make the comparison again.") from e
+        raise UserError(f"{path}: {_first_error(e)}; run the comparison again.") from e
 
 
 def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy: Policy, card: Path) -> Version:
@@ -249,7 +249,7 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
     if manifest.inputs["base"] != measured.base:
         raise UserError(
             f"{folder} was trained on base {manifest.inputs['base'][:SHORT]}, the comparison measured on "
-            f"{measured.base[:SHORT]}: an adapter serves only on the base it was trained on."
+            f"{measured.base[:SHORT]}: an adapter can be served only with the base it was trained on."
         )
     lineage = {
         **manifest.inputs,

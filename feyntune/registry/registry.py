@@ -83,7 +83,7 @@ class Registry:
         """
         names = self._listed()
         if lost := sorted(self._listing - set(names)):
-            log.warning("%s: %d events are gone since the last look (%s …)", self.store.uri, len(lost), lost[0])
+            log.warning("%s: %d events disappeared since the last read (%s …)", self.store.uri, len(lost), lost[0])
         self._listing = set(names)
         self._read(n for n in names if n not in self._events)
         current = {n: self._events[n] for n in names}
@@ -267,7 +267,7 @@ class Registry:
         try:
             raw = self.store.get(f"events/{name}.json")
         except Missing as e:
-            raise StoreError(f"{where} was deleted, though later events build on it: restore it.") from e
+            raise StoreError(f"{where} was deleted, but later events depend on it: restore it.") from e
         try:
             return read_event(name, raw)
         except ValueError as e:
@@ -298,9 +298,9 @@ class Registry:
                 after = self.snapshot()
                 # Decided on the newest state, so it can only be refused for what was wrong from the start.
                 if rejected := next((e.rejected for e in after.history if e.name == name), None):
-                    raise ConflictError(f"Nothing was changed: {rejected}. Look again and repeat it.")
+                    raise ConflictError(f"Nothing was changed: {rejected}. Read the registry again and retry.")
                 return after
-        raise StoreError(f"{self.store.uri}: {_TRIES} writes met those of others: try again later.")
+        raise StoreError(f"{self.store.uri}: {_TRIES} writes conflicted with other writers: try again later.")
 
     def _decide_by_order(self, seen: State, kind: str, **fields: Any) -> State:
         """Without conditional writes: write, let what others wrote meanwhile arrive, and see who came first."""
@@ -315,7 +315,7 @@ class Registry:
             after = self.snapshot()
         rejected = next(e.rejected for e in reversed(after.history) if e.name == name)
         if rejected is not None:
-            raise ConflictError(f"Nothing was changed: {rejected}. Look again and repeat it.")
+            raise ConflictError(f"Nothing was changed: {rejected}. Read the registry again and retry.")
         return after
 
     def _make_event(self, seen: State, kind: str, **fields: Any) -> Event:

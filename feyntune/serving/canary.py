@@ -72,7 +72,7 @@ class Canary:
         p = p_value(requests, failures, champion_requests, champion_failures)
         if p <= ERROR_RATE / (self.looks * (self.looks + 1)):
             log.error(
-                "canary %s failed %d of %d requests, the champion %d of %d (p = %.2g): it gets no more",
+                "canary %s failed %d of %d requests, the champion %d of %d (p = %.2g): it gets no more requests",
                 self.candidate.name, failures, requests, champion_failures, champion_requests, p,
             )  # fmt: skip
             metrics.CANARY_BACKED_OFF.clear()

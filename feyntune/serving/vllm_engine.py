@@ -331,7 +331,7 @@ class VllmEngine:
         answer = await self._http.post("/v1/completions", json=body)
         self._last_answer = time.monotonic()
         if answer.status_code == 400 and "float" in answer.text:  # JSON has no NaN
-            raise NonFiniteError("What the model computed for this request is not finite.")
+            raise NonFiniteError("The model's output for this request is not finite.")
         if answer.status_code != 200:
             raise EngineUnavailableError(_message(answer.content))
         known = answer.json()["choices"][0]["prompt_logprobs"]
@@ -469,7 +469,7 @@ def _tokens(choice: dict[str, Any], logprobs: int | None) -> list[Token]:
     for i, token in enumerate(choice["token_ids"]):
         logprob = known["token_logprobs"][i]
         if logprob is None:
-            raise NonFiniteError("What the model computed for this request is not finite.")
+            raise NonFiniteError("The model's output for this request is not finite.")
         if logprobs is None:
             tokens.append(Token(token))
             continue

@@ -132,8 +132,8 @@ def measured_in(evaluation, out, precision):
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
-        ("bf16", "hep-th/lora-qkv was measured otherwise than the base, in precision \\(bf16, not fp32\\)"),
-        (None, "hep-th/lora-qkv was measured otherwise than the base, in conditions of measurement"),
+        ("bf16", "hep-th/lora-qkv was measured differently from the base, in precision \\(bf16, not fp32\\)"),
+        (None, "hep-th/lora-qkv was measured differently from the base, in conditions of measurement"),
     ],
 )
 def test_systems_measured_under_other_conditions_are_not_compared(
@@ -167,7 +167,7 @@ def test_a_branch_measured_otherwise_fails_and_the_others_are_compared(
     summary = summary_of(tmp_path / "out")
     assert list(summary["variants"]) == [ALL]
     assert [f["variant"] for f in summary["failures"]] == [QKV]
-    assert "measured otherwise than the base, in precision (bf16, not fp32)" in summary["failures"][0]["error"]
+    assert "measured differently from the base, in precision (bf16, not fp32)" in summary["failures"][0]["error"]
     assert summary["conditions"]["precision"] == "fp32"
 
 
@@ -198,7 +198,7 @@ def test_the_same_comparison_again_is_found_and_another_is_not_overwritten(
 ):
     again = {"failures": [failure], "config": QUICK, "adapter_uris": {QKV: "training/x/adapter"}}
     assert compare(evaluations, adapters, tiny_split, compared, **again).digest == read_manifest(compared).digest
-    with pytest.raises(UserError, match="comparison of something else"):
+    with pytest.raises(UserError, match="another comparison"):
         compare(evaluations, adapters, tiny_split, compared, config=QUICK)
 
 

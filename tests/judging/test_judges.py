@@ -189,7 +189,7 @@ def test_a_judgment_names_what_it_judged_and_is_not_made_twice(server, folders, 
     assert made.inputs["test"] == both.inputs["test"]
     assert made.inputs[f"completions of {QKV}"] == both.files["completions/hep-th.lora-qkv.parquet"].sha256
     assert judge(folders, endpoint(server), tmp_path / "out", QUICK) == made
-    with pytest.raises(UserError, match="judgments of something else"):
+    with pytest.raises(UserError, match="judgments of other completions"):
         judge(folders, endpoint(server), tmp_path / "out", QUICK.model_copy(update={"papers": 4}))
     judge(folders, endpoint(server), tmp_path / "other", QUICK)
     assert server.answered == 32

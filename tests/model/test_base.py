@@ -55,7 +55,7 @@ def test_a_sealed_folder_has_its_manifests_digest_wherever_it_lies(tmp_path, s3,
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "just-a-name"])
 def test_a_model_that_is_not_there_is_named(name):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         pin_base(name)
 
 

@@ -173,7 +173,7 @@ def test_a_restored_copy_looks_the_same_to_a_running_reader_and_a_new_one(tmp_pa
     with caplog.at_level(logging.WARNING, logger="feyntune"):
         logging.getLogger("feyntune").propagate = True
         assert running.snapshot() == Registry.open(str(tmp_path / "r")).snapshot()
-    assert "1 events are gone since the last look" in caplog.text
+    assert "1 events disappeared since the last read" in caplog.text
 
 
 def test_a_champion_that_fails_when_measured_again_is_reported(tmp_path):

@@ -222,7 +222,10 @@ def tensors(**named):
         ({"adapter_config.json": None}, r"adapter_config\.json is missing"),
         ({"adapter_model.safetensors": pickle.dumps([1] * 100)}, "is not a safetensors file"),
         ({"adapter_model.safetensors": b""}, "is not a safetensors file"),
-        ({"adapter_model.safetensors": tensors(**{"m.weight": (4, 4)})}, r"holds m\.weight, which is no LoRA weight"),
+        (
+            {"adapter_model.safetensors": tensors(**{"m.weight": (4, 4)})},
+            r"holds m\.weight, which is not a LoRA weight",
+        ),
         ({"adapter_model.safetensors": tensors(**{"m.lora_A.weight": (8, 8)})}, r"has rank \[8\].* says 4"),
         ({"adapter_model.safetensors": tensors()}, r"has rank \[\]"),
         ({"adapter_config.json": config(peft_type="IA3")}, "is a IA3 on"),
@@ -277,7 +280,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path, adapters):
     with write_artifact(bare, "adapter") as tmp:
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             (tmp.path / file).write_bytes((adapters[QKV] / file).read_bytes())
-    with pytest.raises(UserError, match="does not say which base"):
+    with pytest.raises(UserError, match="does not name its base"):
         checked_adapter(bare)
 
 

@@ -86,7 +86,7 @@ def _compounds(name: str, lexicon: Lexicon) -> list[str]:
 
 def _read(name: str) -> dict[str, Any]:
     text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the safe loader, in C where there is one
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the safe loader, in C if available
 
 
 def _group(file: str, defaults: dict[str, Any]) -> list[Domain]:
