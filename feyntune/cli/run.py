@@ -74,11 +74,11 @@ def run(
     from feyntune.variants import load_mixtures, load_variants
 
     setup_logging(quiet=as_json)
-    kept = names_of(categories)
+    selected = names_of(categories)
     own = [m.model_dump(exclude_none=True) for m in load_mixtures(mixtures)] if mixtures else None
-    if kept and not (mixtures or variants):
-        name, listed = "+".join(kept).lower(), " and ".join(kept)
-        own = [{"name": name, "parts": dict.fromkeys(kept, "all"), "rule": f"every {listed} paper"}]
+    if selected and not (mixtures or variants):
+        name, listed = "+".join(selected).lower(), " and ".join(selected)
+        own = [{"name": name, "parts": dict.fromkeys(selected, "all"), "rule": f"every {listed} paper"}]
     if variants == "all":
         names = [] if own else load_variants().names()
     else:
@@ -93,7 +93,7 @@ def run(
             workdir,
             until=until,
             after=after,
-            categories=kept,
+            categories=selected,
             mixtures=own,
             max_bad=max_bad,
             converted_text=converted_text,

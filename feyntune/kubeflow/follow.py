@@ -24,7 +24,7 @@ class Ended(NamedTuple):
             failed) or 75 (somebody stopped it).
         message: one sentence; "" where all is well.
         reported: whether there is a report.
-        lost_driver: whether a pod of Kubeflow's own was lost, which it cannot retry; a new start goes on from there.
+        lost_driver: whether a pod of Kubeflow's own was lost, which it cannot retry; a new start continues from there.
         store: where the run kept its results.
     """
 

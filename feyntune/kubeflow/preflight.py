@@ -121,7 +121,7 @@ def check_input(
 
 
 def choose_variants(variants: list[str], mixtures: list[dict[str, Any]] | None = None) -> list[str]:
-    """The full names of `variants`; of mixtures of one's own (not an empty list) an empty list takes them all.
+    """The full names of `variants`; of mixtures of your own (not an empty list) an empty list takes them all.
 
     Raises:
         UserError: a mixture that does not hold together, or a name that is no variant of them.

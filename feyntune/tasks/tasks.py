@@ -101,7 +101,7 @@ def _run(
     model = SystemModels(base, config.precision, config.batch_size)
     for system in [BASE, *sorted(adapters)]:
         log.info("%s: %s", system, ", ".join(config.tasks))
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             model.harness_model(adapters.get(system)),
             tasks=list(config.tasks),
             num_fewshot=config.few_shot,
@@ -110,10 +110,10 @@ def _run(
             bootstrap_iters=0,
             fewshot_random_seed=config.seed,
         )
-        assert found is not None
-        results[system] = {t: _numbers(f) for t, f in found["results"].items()}
-        about |= {"versions": found["versions"], "documents": found["n-samples"]}
-        for task, samples in found["samples"].items():
+        assert evaluated is not None
+        results[system] = {t: _numbers(f) for t, f in evaluated["results"].items()}
+        about |= {"versions": evaluated["versions"], "documents": evaluated["n-samples"]}
+        for task, samples in evaluated["samples"].items():
             rows += [r for s in samples for r in _sample_rows(system, task, s)]
     return results, rows, about
 

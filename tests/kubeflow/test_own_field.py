@@ -1,4 +1,4 @@
-"""A corpus of another field than arXiv's physics: one run, from JSON lines and mixtures of one's own to a registry."""
+"""A corpus of another field than arXiv's physics: one run, from JSON lines and mixtures of your own to a registry."""
 
 import json
 import subprocess
