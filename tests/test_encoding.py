@@ -38,8 +38,6 @@ def test_text_is_opened_with_an_encoding(path: Path):
 
 def test_the_check_finds_what_it_looks_for():
     without = "open('a')\np.read_text()\np.write_text(t)\np.open('w')\nos.fdopen(1, 'w')\n"
-    given = (
-        "open('a', 'rb')\np.read_text(encoding='utf-8')\np.open('wb')\nopen('a', **options)\nos.open('a', 1)\n"
-    )
+    given = "open('a', 'rb')\np.read_text(encoding='utf-8')\np.open('wb')\nopen('a', **options)\nos.open('a', 1)\n"
     assert without_encoding(ast.parse(without)) == [1, 2, 3, 4, 5]
-    assert without_encoding(ast.parse(with_encoding)) == []
+    assert without_encoding(ast.parse(given)) == []
