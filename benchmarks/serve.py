@@ -9,8 +9,9 @@ a time. Figures are medians over the rounds, ratios are taken within a round. Ou
 those of one request at a time (greedy, fp32), or the run fails.
 
 With --soak, a server answers eight clients for some minutes, while another adapter is promoted or rolled back and
-a client is killed every few seconds. A request that fails, or memory that grows by more than a tenth after the
-first fifth of the time, fails the run.
+a client is killed every few seconds. Meanwhile hostile requests come, which must be refused, and hostile adapters are
+registered, which must be refused by name; liveness must answer within a second throughout. A request that fails, or
+memory that grows by more than a tenth after the first fifth of the time, fails the run.
 """
 
 import argparse
@@ -166,9 +167,11 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
     import httpx
     import psutil
 
+    from feyntune.names import slug
     from feyntune.registry.registry import Registry
     from tests.serving.conftest import free_port
     from tests.serving.factories import register_adapter
+    from tests.serving.hostile import hostile_adapters, hostile_bodies
 
     registry = Registry.open(str(folder / "registry"))
     adapters = make_adapters(folder / "adapters", base, 6)
@@ -184,7 +187,8 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-c", code, str(folder / "registry"), base, json.dumps(options)]
     log = (folder / "log").open("w")
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    counts = {"ok": 0, "killed": 0, "promotions": 0, "rollbacks": 0}
+    counts = {"ok": 0, "killed": 0, "promotions": 0, "rollbacks": 0, "refused_requests": 0, "refused_adapters": 0}
+    slowest = [0.0]  # seconds that liveness took
     failed: list[str] = []
     memory: list[float] = []
     seen: set[str] = set()
@@ -236,13 +240,49 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
                     await asyncio.to_thread(registry.promote, names[1 + counts["promotions"] % 5])
                     counts["promotions"] += 1
 
+        async def attack() -> None:
+            """Bodies that are wrong, large, nested or slow to check; none may cost the server more than a 4xx."""
+            bodies = hostile_bodies()
+            while time.monotonic() < end:
+                path, content = chance.choice(bodies)
+                json_type = {"content-type": "application/json"}
+                answer = await client.post(path, content=content, headers=json_type)
+                if not 400 <= answer.status_code < 500:
+                    failed.append(f"{answer.status_code} to {content[:80]!r}")
+                counts["refused_requests"] += 1
+                await asyncio.sleep(0.05)
+
+        async def poison() -> None:
+            """Register an adapter that cannot be served, see it refused by name, and archive it."""
+            made = await asyncio.to_thread(hostile_adapters, folder / "hostile", base)
+            n = 0
+            while time.monotonic() < end:
+                variant, path = list(made.items())[n % len(made)]
+                n += 1
+                version = await asyncio.to_thread(register_adapter, registry, variant, path)
+                while time.monotonic() < end:
+                    detail = (await client.get("/v2/health/ready")).json()
+                    if version.name in detail["refused"]:
+                        counts["refused_adapters"] += 1
+                        break
+                    if slug(variant) in detail["adapters"]:
+                        failed.append(f"{version.name} is served")
+                        break
+                    await asyncio.sleep(0.2)
+                await asyncio.to_thread(registry.archive, version.name)
+                if n == len(made):
+                    return
+
         async def watch() -> None:
             process = psutil.Process(server.pid)
             while time.monotonic() < end:
                 memory.append(process.memory_info().rss / 1e6)
+                asked = time.monotonic()
+                await client.get("/v2/health/live")
+                slowest[0] = max(slowest[0], time.monotonic() - asked)
                 await asyncio.sleep(1)
 
-        await asyncio.gather(*[ask() for _ in range(8)], kill(), move(), watch())
+        await asyncio.gather(*[ask() for _ in range(8)], kill(), move(), attack(), poison(), watch())
     finally:
         await client.aclose()
         server.terminate()
@@ -252,6 +292,8 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
     before, after = statistics.median(memory[fifth : 2 * fifth]), statistics.median(memory[-fifth:])
     if after > before * 1.1:
         failed.append(f"memory grew from {before:.0f} to {after:.0f} MB")
+    if slowest[0] > 1:
+        failed.append(f"liveness took {slowest[0]:.1f} s")
     if code_out != 0:
         failed.append(f"the server ended with {code_out}")
     return {
@@ -263,6 +305,9 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
         "promotions": counts["promotions"],
         "rollbacks": counts["rollbacks"],
         "models_seen": len(seen),
+        "refused_requests": counts["refused_requests"],
+        "refused_adapters": counts["refused_adapters"],
+        "slowest_liveness_s": round(slowest[0], 2),
         "memory_mb": {"after_a_fifth": round(before), "at_the_end": round(after), "most": round(max(memory))},
         "ratio": round(after / before, 3),
     }
