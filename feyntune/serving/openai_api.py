@@ -5,9 +5,11 @@ A setting that this server cannot honor is refused, never ignored.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
@@ -275,10 +277,13 @@ def _chat_logprobs(server: Server, chunk: Chunk) -> dict[str, Any]:
 def _spell_apart(tokenizer: Any, tokens: Sequence[int]) -> dict[int, str]:
     """Each token as text, no two alike: SentencePiece's "\u2581the" and "the" both decode to "the"."""
     spelled = {token: _spell(tokenizer, token) for token in tokens}
-    texts = list(spelled.values())
-    return {t: s if texts.count(s) == 1 else tokenizer.convert_ids_to_tokens(t) for t, s in spelled.items()}
+    if len(set(spelled.values())) == len(spelled):
+        return spelled
+    count = Counter(spelled.values())
+    return {t: s if count[s] == 1 else tokenizer.convert_ids_to_tokens(t) for t, s in spelled.items()}
 
 
+@lru_cache(maxsize=1 << 17)  # an answer may name twenty tokens at each of thousands of positions
 def _spell(tokenizer: Any, token: int) -> str:
     """A token as text; one that is no whole character as the vocabulary spells it."""
     text = tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
