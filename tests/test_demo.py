@@ -46,7 +46,7 @@ def test_it_is_copied_once(tmp_path: Path) -> None:
 def test_another_folder_in_its_place_is_kept(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "mine").touch()
-    with pytest.raises(UserError, match="no base model"):
+    with pytest.raises(UserError, match="is not a base model"):
         copy_demo_base(tmp_path / "base")
     assert (tmp_path / "base" / "mine").exists()
 

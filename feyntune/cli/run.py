@@ -132,7 +132,8 @@ def result_text(folder: Path, workdir: Path) -> str:
         for failure in summary["failures"]:
             print(f"{failure['variant']}: failed in {failure['step']}")
         champion = summary["champion"]
-        earlier = "" if champion is None or champion in summary["variants"] else " (of an earlier run)"
+        of_this_run = champion is None or any(v.get("champion") for v in summary["variants"].values())
+        earlier = "" if of_this_run else " (of an earlier run)"
         print(f"champion: {champion or 'none, no variant passed the gate'}{earlier}\n")
         print(f"report   {shown_path(folder / 'report.html')} (open it in a browser)")
         print(f"summary  {shown_path(folder / 'summary.json')}")

@@ -168,14 +168,10 @@ def _absolute(source: str) -> str:
 
 def _execute(arguments: dict[str, Any], steps: Path, store: Path, log_file: Path) -> str | None:
     """Run compiled/suite.yaml; returns what failed, or None. Everything printed goes to `log_file`."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _environment_of_steps():
         warnings.simplefilter("ignore")  # settings that only a cluster honors: accelerators, node selectors, …
         from kfp import components, local
 
-        # The steps mark their own lines, which are shown as they come, and end when this process is gone.
-        os.environ["FEYNTUNE_RUN_PID"] = str(os.getpid())
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ["PYTHONSAFEPATH"] = "1"  # a step must not import a package that lies in the user's own folder
         local.init(
             runner=local.SubprocessRunner(use_venv=False),
             pipeline_root=str(steps),
@@ -212,6 +208,21 @@ def _execute(arguments: dict[str, Any], steps: Path, store: Path, log_file: Path
                 root.handlers = before
                 signal.signal(signal.SIGINT, previous)
     return _why(log_file) or failure
+
+
+@contextlib.contextmanager
+def _environment_of_steps() -> Iterator[None]:
+    """What the steps inherit. It is taken away afterward: this process may be somebody's notebook."""
+    before = dict(os.environ)
+    # The steps mark their own lines, which are shown as they come, and end when this process is gone.
+    os.environ["FEYNTUNE_RUN_PID"] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTHONSAFEPATH"] = "1"  # a step must not import a package that lies in the user's own folder
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _without_retries(text: str) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import pytest
@@ -28,6 +28,12 @@ RECIPE = {
 GOOD, BAD = "hep-th/lora-qkv", "hep-th+q-bio+cs/lora-all"
 
 
+class Finished(NamedTuple):
+    workdir: Path
+    output: str
+    summary: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
 def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Papers of the physics categories only: the mixture with q-bio and cs cannot be made of them."""
@@ -39,24 +45,23 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(papers: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A workdir after one run with a branch that failed, and what the run said."""
+def finished(papers: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One run with a branch that failed. Later runs of a test in its workdir write other summaries."""
     workdir = tmp_path_factory.mktemp("runs")
     with pytest.raises(local.RunFailed) as failed:
         local.run(f"kaggle:{papers}", [GOOD, BAD], workdir, base=str(tiny_base), recipe=RECIPE)
     assert failed.value.reported
-    return workdir, str(failed.value)
+    return Finished(workdir, str(failed.value), _summary(workdir))
 
 
 def _summary(workdir: Path) -> dict[str, Any]:
     return json.loads((workdir / "latest" / "summary.json").read_text())
 
 
-def test_one_branch_fails_and_the_others_are_reported_and_registered(finished: tuple[Path, str]) -> None:
-    workdir, output = finished
+def test_one_branch_fails_and_the_others_are_reported_and_registered(finished: Finished) -> None:
+    workdir, output, summary = finished
     assert "1 variant failed" in output
     assert BAD in output
-    summary = _summary(workdir)
     assert [f["variant"] for f in summary["failures"]] == [BAD]
     assert "q-bio" in summary["failures"][0]["error"] or "cs" in summary["failures"][0]["error"]
     good = summary["variants"][GOOD]
@@ -73,9 +78,8 @@ def test_one_branch_fails_and_the_others_are_reported_and_registered(finished: t
         assert read_manifest(workdir / "latest" / "evaluations" / name).kind == "evaluation"
 
 
-def test_a_second_run_reuses_what_is_finished(finished: tuple[Path, str], papers: Path, tiny_base: Path) -> None:
-    workdir, _ = finished
-    first = _summary(workdir)
+def test_a_second_run_reuses_what_is_finished(finished: Finished, papers: Path, tiny_base: Path) -> None:
+    workdir, first = finished.workdir, finished.summary
     folder = local.run(f"kaggle:{papers}", [GOOD], workdir, base=str(tiny_base), recipe=RECIPE)
     assert f"{GOOD}: finished earlier" in (folder / "run.log").read_text()
     again = _summary(workdir)
@@ -85,10 +89,9 @@ def test_a_second_run_reuses_what_is_finished(finished: tuple[Path, str], papers
 
 
 def test_other_evaluation_settings_score_the_same_adapter_again_and_another_learning_rate_trains(
-    finished: tuple[Path, str], papers: Path, tiny_base: Path
+    finished: Finished, papers: Path, tiny_base: Path
 ) -> None:
-    workdir, _ = finished
-    first = _summary(workdir)["variants"][GOOD]
+    workdir, first = finished.workdir, finished.summary["variants"][GOOD]
     shorter = {**RECIPE, "evaluate": {**RECIPE["evaluate"], "completions": {**FEW, "max_new_tokens": 8}}}
     folder = local.run(f"kaggle:{papers}", [GOOD], workdir, base=str(tiny_base), recipe=shorter)
     log = (folder / "run.log").read_text()
@@ -101,7 +104,7 @@ def test_other_evaluation_settings_score_the_same_adapter_again_and_another_lear
 
 
 def test_a_run_killed_anywhere_ends_with_the_same_digests(
-    finished: tuple[Path, str], papers: Path, tiny_base: Path, tmp_path: Path
+    finished: Finished, papers: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     chance = random.Random(1)
     command = [sys.executable, "-m", "feyntune", "run", "--source", f"kaggle:{papers}", "--variants", GOOD]
@@ -113,7 +116,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_digests(
         process.wait()
         time.sleep(2)  # the steps notice within a second that their run is gone
     summary = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    expected = _summary(finished[0])
+    expected = finished.summary
     for key in ("corpus", "split"):
         assert summary[key]["digest"] == expected[key]["digest"]
     for key in ("adapter_sha256", "delta", "perplexity", "train_tokens"):
@@ -121,7 +124,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_digests(
 
 
 def test_after_ctrl_c_everything_ends_and_the_same_command_resumes(
-    finished: tuple[Path, str], papers: Path, tiny_base: Path, tmp_path: Path
+    finished: Finished, papers: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "feyntune", "run", "--source", f"kaggle:{papers}", "--variants", GOOD]
     command += ["--workdir", str(tmp_path), "--base", str(tiny_base), "--recipe", json.dumps(RECIPE)]
@@ -144,16 +147,16 @@ def test_after_ctrl_c_everything_ends_and_the_same_command_resumes(
         os.killpg(process.pid, 0)
     subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
     again = _summary(tmp_path)["variants"][GOOD]
-    assert again["adapter_sha256"] == _summary(finished[0])["variants"][GOOD]["adapter_sha256"]
+    assert again["adapter_sha256"] == finished.summary["variants"][GOOD]["adapter_sha256"]
 
 
 def test_without_fork_the_steps_are_processes_of_their_own(
-    finished: tuple[Path, str], papers: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, papers: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("feyntune.forkserver.can_fork", lambda: False)
     local.run(f"kaggle:{papers}", [GOOD], tmp_path, base=str(tiny_base), recipe=RECIPE)
     for key in ("adapter_sha256", "delta", "perplexity"):
-        assert _summary(tmp_path)["variants"][GOOD][key] == _summary(finished[0])["variants"][GOOD][key]
+        assert _summary(tmp_path)["variants"][GOOD][key] == finished.summary["variants"][GOOD][key]
 
 
 def test_bad_input_costs_neither_torch_nor_a_folder(tmp_path: Path) -> None:

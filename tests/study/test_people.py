@@ -83,7 +83,7 @@ def test_the_same_comparison_is_not_made_twice_and_others_opinions_make_another(
 ):
     again = lambda **o: compare(given["evaluations"], adapters, tiny_split, compared_with_people, config=QUICK, **o)
     assert again(people=given["people"], judges=given["judges"]).kind == "comparison"
-    with pytest.raises(UserError, match="a another comparison"):
+    with pytest.raises(UserError, match="holds another comparison"):
         again(people=given["people"])
 
 

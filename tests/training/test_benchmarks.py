@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_gpu_benchmark_runs_whole_on_a_cpu(tmp_path):
     out = tmp_path / "gpu.json"
-    subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(out)], check=True, timeout=800)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(out)]
+    subprocess.run(command, check=True, timeout=800, cwd=ROOT)
     result = json.loads(out.read_text())
     assert result["hardware"]
     for precision in ("nf4", "bf16"):
@@ -34,6 +38,6 @@ def test_without_a_card_it_says_what_to_do():
 
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert "give --tiny" in done.stderr
