@@ -21,6 +21,8 @@ from feyntune.registry.models import State
 
 GROUP = "serving.kserve.io"
 KEYS_FILE = "/etc/feyntune/keys/keys"
+CA_FOLDER = "/etc/feyntune-ca"
+CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")  # as the chart's feyntune.commonEnv
 _RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "runAsNonRoot": True,
@@ -131,6 +133,14 @@ def _inference_service(spec: ServingSpec) -> Object:
     container["args"] += spec.extra_args
     container["securityContext"]["readOnlyRootFilesystem"] = not spec.writable_root
     container["env"] = [_variable(e, spec) for e in container["env"]]
+    variables = dict.fromkeys(CA_VARIABLES, f"{CA_FOLDER}/ca.crt") if spec.ca_config_map else {}
+    container["env"] += [{"name": n, "value": v} for n, v in sorted({**variables, **spec.extra_env}.items())]
+    if spec.ca_config_map:
+        container["volumeMounts"].append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
+        predictor["volumes"].append({"name": "ca", "configMap": {"name": spec.ca_config_map}})
+    if not spec.fixed_ids:
+        for field in ("runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy"):
+            predictor["securityContext"].pop(field)
     for volume in predictor["volumes"]:
         if volume["name"] == "tmp":
             volume["emptyDir"] = {"sizeLimit": spec.scratch}

@@ -15,7 +15,8 @@ LIMITS = (
 )
 _PREDICTOR_ONLY = (
     *("engine", "batch_requests", "batch_tokens", "cache_tokens", "queue", "queue_seconds", "request_seconds"),
-    *("body_bytes", "chat_template", "cors_origins", "vllm_args", "extra_args", "writable_root"),
+    *("body_bytes", "chat_template", "cors_origins", "vllm_args", "extra_args", "extra_env", "ca_config_map"),
+    *("fixed_ids", "writable_root"),
 )
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 
@@ -74,6 +75,17 @@ class ServingSpec(BaseModel):
         description="Give the predictor a writable root file system: nvidia-cdi-hook needs it on nodes with CDI.",
     )
     extra_args: list[str] = Field([], description="Additional options of `feyntune serve`; the predictor only.")
+    extra_env: dict[str, str] = Field(
+        {}, description="Environment variables of the predictor, such as HTTPS_PROXY and NO_PROXY."
+    )
+    ca_config_map: str | None = Field(
+        None,
+        pattern=_NAME,
+        description="ConfigMap whose entry `ca.crt` holds the certificates to trust, in PEM.",
+    )
+    fixed_ids: bool = Field(
+        True, description="Run as user and group 65532; false on OpenShift, which chooses them from the namespace."
+    )
     s3_endpoint: str = Field(description="URL of the S3 server, as pods reach it.")
     s3_region: str = Field("us-east-1", description="Region used to sign requests.")
     s3_secret: str = Field(
@@ -103,6 +115,14 @@ class ServingSpec(BaseModel):
         url = urlsplit(value)
         if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
             raise ValueError("must be an http(s) URL without a user or password")
+        return value
+
+    @field_validator("extra_env")
+    @classmethod
+    def _no_secret(cls, value: dict[str, str]) -> dict[str, str]:
+        taken = {"S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "HF_TOKEN"}
+        for name in sorted(taken & value.keys()):
+            raise ValueError(f"{name} comes from the description's Secrets and settings: leave it out")
         return value
 
     @model_validator(mode="after")

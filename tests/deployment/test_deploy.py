@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def walk(value):
         ({"name": "Not_A_Name"}, "name: String should match pattern"),
         ({"registry": "runs/registry"}, "registry: .*only in S3"),
         ({"s3_endpoint": "http://user:pw@host"}, "s3_endpoint: .*without a user or password"),
+        ({"extra_env": {"HF_TOKEN": "hf_x"}}, "extra_env: .*HF_TOKEN comes from the description's Secrets"),
         ({"s3_endpoint": "host:9000"}, "s3_endpoint: .*must be an http"),
         ({"aws_secret_access_key": "x"}, "aws_secret_access_key: Extra inputs"),
         ({"gpus": 2}, "at most one GPU"),
@@ -150,19 +152,29 @@ def chart_values(spec):
             "chat_template": "{% for m in messages %}{{ m.content }}\n{% endfor %}",
             "cors_origins": ["https://a.example"],
         },
+        {"extra_env": {"HTTPS_PROXY": "http://proxy:3128"}, "ca_config_map": "our-ca", "keys_secret": "ours"},
+        {"fixed_ids": False},
         {"host": "::", "extra_args": ["--drain-seconds=9"], "precision": "fp32", "max_rank": 64, "memory": "2Gi"},
     ],
 )
 def test_the_chart_and_deploy_describe_the_same_pod(registry, fields):
     described = spec(registry, **fields)
     rendered = render(described, Registry.open(registry).snapshot())["spec"]["predictor"]
-    chart = charts_predictor().predictor(chart_values(described), listen=described.host)["spec"]["predictor"]
+    others = {"listen": described.host, "extraEnv": described.extra_env}
+    others["caBundle"] = {"configMap": described.ca_config_map or ""}
+    others["podSecurity"] = {"fixedIds": described.fixed_ids}
+    chart = charts_predictor().predictor(chart_values(described), **others)["spec"]["predictor"]
     if described.gpus:  # the chart's own pool
         del chart["nodeSelector"], chart["tolerations"]
     for predictor in (rendered, chart):
         container = predictor["containers"][0]
         container["args"].sort()
-        assert {e["name"] for e in container.pop("env")} >= {"S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "HF_TOKEN"}
+        assert {e["name"] for e in container["env"]} >= {"S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "HF_TOKEN"}
+        # The chart takes endpoint and region from its Secret, a description names them.
+        plain = [e for e in container["env"] if "value" in e and e["name"] not in ("S3_ENDPOINT", "AWS_DEFAULT_REGION")]
+        container["env"] = sorted((e["name"], e["value"]) for e in plain)
+        container["volumeMounts"].sort(key=itemgetter("name"))
+        predictor["volumes"].sort(key=itemgetter("name"))
         limits = container["resources"]
         limits["requests"].pop("nvidia.com/gpu", None)  # Kubernetes takes it from the limit
     assert rendered == chart

@@ -1,5 +1,10 @@
 """A cluster's own values in the compiled pipelines, and the verbs of the chart's Jobs."""
 
+import json
+import threading
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 import yaml
 
@@ -141,6 +146,40 @@ def test_an_address_that_nobody_answers_is_said_in_one_sentence():
     for check in (cluster.check_kubeflow, cluster.check_endpoint):
         with pytest.raises(UserError, match="does not answer"):
             check("http://127.0.0.1:9")
+
+
+class _Answers(BaseHTTPRequestHandler):
+    version: str | None = None
+
+    def do_GET(self):
+        self._send({"data": [{"id": "base"}]})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._send({"usage": {"completion_tokens": 8}})
+
+    def _send(self, body):
+        self.send_response(200)
+        if self.version:
+            self.send_header("X-Feyntune-Version", self.version)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.2.0", None), ("0.1.0", "feyntune 0.1.0, not 0.2.0"),
+                                               (None, "does not name its version")])  # fmt: skip
+def test_an_endpoint_of_another_version_is_no_success(monkeypatch, version, said):
+    monkeypatch.setenv("FEYNTUNE_EXPECT_VERSION", "0.2.0")
+    monkeypatch.setattr(_Answers, "version", version)
+    with HTTPServer(("127.0.0.1", 0), _Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        expected = nullcontext() if said is None else pytest.raises(UserError, match=said)
+        with expected:
+            cluster.check_endpoint(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 def test_an_unknown_verb_shows_the_known_ones(capsys):
