@@ -54,7 +54,7 @@ PROGRAMS = {
             assert answer.outputs[0].data
         asyncio.run(main())
     """),
-    "lm-eval[api]": (["torch"], """
+    "lm-eval[api]": (["torch", "transformers"], """
         import lm_eval
         from lm_eval.api.instance import Instance
         from lm_eval.models.openai_completions import LocalCompletionsAPI
