@@ -23,6 +23,8 @@ class Settings(BaseModel):
         defaults: of the pipelines' parameters, by name; those a pipeline does not have are left out.
         gpus: that a training pod asks for, and the default of `devices`; 0 for a cluster without GPUs. As compiled,
             `suite` asks for one GPU a variant and `variant` for three.
+        cpusPerGpu, memoryPerGpu: what a pod requests for each of its GPUs, in cores and GiB; lower them for nodes that
+            have less (as compiled: 6 and 24).
         parallelism: how many variants of a suite run at the same time; all of them when 0.
         nodeSelector, tolerations: of the steps that ask for GPUs, in Kubernetes' own form.
         queue: the Kueue LocalQueue of the steps that ask for GPUs.
@@ -43,6 +45,8 @@ class Settings(BaseModel):
     tag: str = ""
     defaults: dict[str, Any] = {}
     gpus: int | None = Field(None, ge=0, le=16)
+    cpusPerGpu: int | None = Field(None, ge=1)
+    memoryPerGpu: int | None = Field(None, ge=1)
     parallelism: int = Field(0, ge=0)
     nodeSelector: dict[str, str] | None = None
     tolerations: list[dict[str, Any]] | None = None
@@ -104,6 +108,7 @@ def adapt(text: str, settings: Settings) -> str:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]
         if gpus:
             _pool(step, settings)
+            _request_per_gpu(container["resources"], settings)
             if pod_gpus and name == "exec-train":
                 _scale(container["resources"], int(pod_gpus))
         if name == "exec-preflight" and pod_gpus is not None:
@@ -157,6 +162,18 @@ def _pool(step: dict[str, Any], settings: Settings) -> None:
     if settings.queue:
         labels = step.setdefault("podMetadata", {}).setdefault("labels", {})
         labels["kueue.x-k8s.io/queue-name"] = settings.queue
+
+
+def _request_per_gpu(resources: dict[str, Any], settings: Settings) -> None:
+    count = int(resources["accelerator"]["resourceCount"])
+    if settings.cpusPerGpu is not None:
+        resources["resourceCpuRequest"] = str(settings.cpusPerGpu * count)
+        if "cpuRequest" in resources:
+            resources["cpuRequest"] = float(settings.cpusPerGpu * count)
+    if settings.memoryPerGpu is not None:
+        resources["resourceMemoryRequest"] = f"{settings.memoryPerGpu * count}Gi"
+        if "memoryRequest" in resources:
+            resources["memoryRequest"] = settings.memoryPerGpu * count * 2**30 / 1e9
 
 
 def _scale(resources: dict[str, Any], gpus: int) -> None:

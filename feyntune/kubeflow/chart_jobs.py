@@ -102,7 +102,7 @@ def check_endpoint(url: str) -> None:
     request = {"model": "base", "prompt": "We study", "max_tokens": 8, "temperature": 0}
     answer = _answer("POST", f"{base}/completions", headers=headers, json=request)
     made = answer.json()
-    version = answer.headers.get("x-feyntune-version", "")
+    version = answer.headers.get("x-feyntune-release", "")
     expected = os.environ.get("FEYNTUNE_EXPECT_VERSION", "")
     if expected and version != expected:
         answered = f"feyntune {version}" if version else "a server that does not name its version"

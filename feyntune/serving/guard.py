@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from fastapi.responses import ORJSONResponse, Response
 
+from feyntune.constants import VERSION
 from feyntune.errors import UserError
 from feyntune.serving.completions import OWNER, ApiError, Limits
 from feyntune.serving.workbench import FILES
@@ -65,6 +66,7 @@ class Keys:
         self._stamp = stamp
 
 
+_RELEASE = (b"x-feyntune-release", VERSION.encode())  # the software; x-feyntune-version names the adapter's version
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
@@ -81,7 +83,7 @@ class _Answer:
     async def __call__(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id)]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id), _RELEASE]
             if message["status"] >= 500 and not self.probe:
                 took = time.monotonic() - self.arrived
                 log.warning("%s: %d after %.1f s (request %s)", self.asked, message["status"], took, self.id.decode())

@@ -287,7 +287,7 @@ class _Rest(RESTServer):
                 allow_origins=self.server.cors_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["X-Request-Id", "x-feyntune-version", "Retry-After"],
+                expose_headers=["X-Request-Id", "x-feyntune-version", "x-feyntune-release", "Retry-After"],
             )
 
 

@@ -164,7 +164,10 @@ def test_helm_test_passes(store):
 
 def test_a_run_goes_through_pods_of_our_images_though_its_training_is_killed(store, bucket):
     """The training's pod is deleted once it has saved; the run ends, and the same run started again resumes."""
-    text = adapt((COMPILED / "suite.yaml").read_text(), Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}))
+    text = adapt(
+        (COMPILED / "suite.yaml").read_text(),
+        Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}, cpusPerGpu=1, memoryPerGpu=2),
+    )
     arguments = {
         "variants": [VARIANT],
         "source": "synthetic:900",

@@ -148,6 +148,14 @@ def test_an_address_that_nobody_answers_is_said_in_one_sentence():
             check("http://127.0.0.1:9")
 
 
+def test_a_pod_requests_cpus_and_memory_by_its_gpus():
+    made, _ = executors(adapt(SUITE, Settings(gpus=2, cpusPerGpu=4, memoryPerGpu=10)))
+    resources = made["exec-train"]["container"]["resources"]
+    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("8", "20Gi")
+    resources = made["exec-evaluate"]["container"]["resources"]
+    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("4", "10Gi")
+
+
 class _Answers(BaseHTTPRequestHandler):
     version: str | None = None
 
@@ -161,7 +169,7 @@ class _Answers(BaseHTTPRequestHandler):
     def _send(self, body):
         self.send_response(200)
         if self.version:
-            self.send_header("X-Feyntune-Version", self.version)
+            self.send_header("X-Feyntune-Release", self.version)
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
 

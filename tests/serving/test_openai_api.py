@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from feyntune.constants import VERSION
 from feyntune.model.load import load_tokenizer, prompt
 from feyntune.names import slug
 from tests.serving.conftest import gauge, serving, settles
@@ -313,6 +314,7 @@ def test_an_answer_names_the_version_that_gave_it(endpoint, registry):
             body = {"model": "champion", "prompt": "The soup", "max_tokens": 2, **body}
             answer = httpx.post(endpoint.url + path, json=body, timeout=60)
             assert answer.headers["x-feyntune-version"] == champion
+            assert answer.headers["x-feyntune-release"] == VERSION
     listed = {m["id"]: m for m in httpx.get(f"{endpoint.url}/openai/v1/models").json()["data"]}
     assert listed["champion"]["version"] == champion
     assert listed["champion"]["max_model_len"] == listed["base"]["max_model_len"] > 0
