@@ -45,7 +45,7 @@ class Settings(BaseModel):
     tag: str = ""
     defaults: dict[str, Any] = {}
     gpus: int | None = Field(None, ge=0, le=16)
-    cpusPerGpu: int | None = Field(None, ge=1)
+    cpusPerGpu: float | None = Field(None, gt=0)
     memoryPerGpu: int | None = Field(None, ge=1)
     parallelism: int = Field(0, ge=0)
     nodeSelector: dict[str, str] | None = None
@@ -108,9 +108,9 @@ def adapt(text: str, settings: Settings) -> str:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]
         if gpus:
             _pool(step, settings)
-            _request_per_gpu(container["resources"], settings)
             if pod_gpus and name == "exec-train":
                 _scale(container["resources"], int(pod_gpus))
+            _request_per_gpu(container["resources"], settings)
         if name == "exec-preflight" and pod_gpus is not None:
             container["env"] = [*container["env"], {"name": "FEYNTUNE_POD_GPUS", "value": str(pod_gpus)}]
             container["env"] = [*{e["name"]: e for e in container["env"]}.values()]
@@ -167,9 +167,9 @@ def _pool(step: dict[str, Any], settings: Settings) -> None:
 def _request_per_gpu(resources: dict[str, Any], settings: Settings) -> None:
     count = int(resources["accelerator"]["resourceCount"])
     if settings.cpusPerGpu is not None:
-        resources["resourceCpuRequest"] = str(settings.cpusPerGpu * count)
+        resources["resourceCpuRequest"] = f"{settings.cpusPerGpu * count:g}"
         if "cpuRequest" in resources:
-            resources["cpuRequest"] = float(settings.cpusPerGpu * count)
+            resources["cpuRequest"] = settings.cpusPerGpu * count
     if settings.memoryPerGpu is not None:
         resources["resourceMemoryRequest"] = f"{settings.memoryPerGpu * count}Gi"
         if "memoryRequest" in resources:

@@ -166,7 +166,7 @@ def test_a_run_goes_through_pods_of_our_images_though_its_training_is_killed(sto
     """The training's pod is deleted once it has saved; the run ends, and the same run started again resumes."""
     text = adapt(
         (COMPILED / "suite.yaml").read_text(),
-        Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}, cpusPerGpu=1, memoryPerGpu=2),
+        Settings(env={"FEYNTUNE_METRICS_PORT": "9464"}, gpus=3, cpusPerGpu=0.3, memoryPerGpu=2),
     )
     arguments = {
         "variants": [VARIANT],

@@ -149,11 +149,11 @@ def test_an_address_that_nobody_answers_is_said_in_one_sentence():
 
 
 def test_a_pod_requests_cpus_and_memory_by_its_gpus():
-    made, _ = executors(adapt(SUITE, Settings(gpus=2, cpusPerGpu=4, memoryPerGpu=10)))
+    made, _ = executors(adapt(SUITE, Settings(gpus=2, cpusPerGpu=4.5, memoryPerGpu=10)))
     resources = made["exec-train"]["container"]["resources"]
-    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("8", "20Gi")
+    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("9", "20Gi")
     resources = made["exec-evaluate"]["container"]["resources"]
-    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("4", "10Gi")
+    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("4.5", "10Gi")
 
 
 class _Answers(BaseHTTPRequestHandler):
