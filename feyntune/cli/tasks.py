@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from feyntune.cli.options import Base, Json, Out, pairs_of, print_result, require_artifact, setup_logging
+from feyntune.cli.options import Base, Json, Out, names_of, pairs_of, print_result, require_artifact, setup_logging
 
 app = typer.Typer()
 
@@ -28,11 +28,15 @@ def tasks(
     adapters = pairs_of(adapter or [])
     for folder in adapters.values():
         require_artifact(folder, "adapter", "train")
-    from feyntune.tasks.tasks import TasksConfig, run_tasks, task_names
+    from feyntune.tasks.tasks import TasksConfig, run_tasks
 
     setup_logging(quiet=as_json)
     config = TasksConfig(
-        tasks=task_names(names), precision=precision, few_shot=few_shot, limit=limit, batch_size=batch_size
+        tasks=names_of(",".join(names)) or [],
+        precision=precision,
+        few_shot=few_shot,
+        limit=limit,
+        batch_size=batch_size,
     )
     manifest = run_tasks(base, adapters, out, config, include)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))

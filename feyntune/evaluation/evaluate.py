@@ -249,7 +249,7 @@ class _Scorer:
     def _load(self, adapter: str | Path | None) -> None:
         import torch
 
-        from feyntune.model.load import check_vocab_size, get_device, load_base, load_tokenizer
+        from feyntune.model.load import check_vocab_size, get_device, load_base, load_tokenizer, with_adapter
 
         device = get_device()
         if self.model is None:
@@ -257,17 +257,8 @@ class _Scorer:
             self.model = load_base(self.base, self.config.precision, device)
             check_vocab_size(self.model, self.tokenizer, self.base)
             self.hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        if adapter is None:
-            return
-        from peft import PeftModel
-
-        name = Path(adapter).resolve().as_posix().replace(".", "-")  # a module's name holds no dot
-        if isinstance(self.model, PeftModel):
-            self.model.load_adapter(str(adapter), adapter_name=name)
-            self.model.set_adapter(name)
-        else:
-            self.model = PeftModel.from_pretrained(self.model, str(adapter), adapter_name=name)
-        self.model.eval()
+        if adapter is not None:
+            self.model = with_adapter(self.model, adapter)
 
     def generator(self) -> completions.Loaded:
         """The base model without adapters, ready to generate; nothing is scored after this."""

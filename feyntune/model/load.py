@@ -8,7 +8,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
@@ -25,6 +26,9 @@ from feyntune.errors import UserError
 from feyntune.model.base import fetch_base, fetch_tokenizer
 from feyntune.model.packed import ATTENTION
 from feyntune.telemetry import progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Precision = Literal["fp32", "bf16", "nf4"]
 
@@ -167,6 +171,19 @@ def _counted(tensors: Any, precision: str) -> Iterator[Any]:
         for tensor in tensors:
             yield tensor
             bar.advance()
+
+
+def with_adapter(model: "PreTrainedModel | PeftModel", adapter: str | Path) -> "PeftModel":
+    """`model` with the adapter of a folder in use, in eval mode. Adapters that it held before stay loaded."""
+    from peft import PeftModel
+
+    name = Path(adapter).resolve().as_posix().replace(".", "-")  # a module's name holds no dot
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(adapter), adapter_name=name)
+        model.set_adapter(name)
+    else:
+        model = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
+    return model.eval()
 
 
 def check_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> None:

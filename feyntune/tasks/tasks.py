@@ -5,7 +5,7 @@ own loaded base, with one adapter at a time in it, as the perplexity is measured
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +153,10 @@ class SystemModels:
         """
         from lm_eval.models.huggingface import HFLM
 
-        if adapter is not None:
-            from peft import PeftModel
+        from feyntune.model.load import with_adapter
 
-            name = Path(adapter).resolve().as_posix().replace(".", "-")  # a module's name holds no dot
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(adapter), adapter_name=name)
-                self.model.set_adapter(name)
-            else:
-                self.model = PeftModel.from_pretrained(self.model, str(adapter), adapter_name=name)
-            self.model.eval()
+        if adapter is not None:
+            self.model = with_adapter(self.model, adapter)
         return HFLM(
             pretrained=self.model,
             tokenizer=self.tokenizer,
@@ -170,8 +164,3 @@ class SystemModels:
             max_length=self.context,
             add_bos_token=True,
         )
-
-
-def task_names(text: Sequence[str]) -> list[str]:
-    """`["sciq,gpqa_main_zeroshot"]` as single names."""
-    return [n.strip() for t in text for n in t.split(",") if n.strip()]
