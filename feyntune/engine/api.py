@@ -4,6 +4,7 @@ There are two: `batching.py` (transformers' continuous batching, in this process
 server as a child process). Whoever completes texts knows only this file.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -140,6 +141,14 @@ class Generation(Protocol):
     """
 
     def __aiter__(self) -> AsyncIterator[Token]: ...
+
+
+async def received(tokens: asyncio.Queue[Token | Exception | None]) -> AsyncIterator[Token]:
+    """The tokens that an engine puts into a request's queue, up to None, which ends it; an exception is raised."""
+    while (item := await tokens.get()) is not None:
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
-from feyntune.engine.api import EngineSettings, Sampling, Token
+from feyntune.engine.api import EngineSettings, Sampling, Token, received
 from feyntune.engine.lora import Slots
 from feyntune.engine.sampling import adjust, draw, with_log_probabilities
 
@@ -53,11 +53,8 @@ class Running:
     def reserved(self) -> int:
         return -(-self.length // PAGE) * PAGE
 
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        while (item := await self.tokens.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return received(self.tokens)
 
 
 class DiscardQueue(queue.Queue):

@@ -33,6 +33,7 @@ from feyntune.engine.api import (
     QueueFullError,
     Sampling,
     Token,
+    received,
 )
 from feyntune.engine.fair_queue import FairQueue
 from feyntune.engine.lora import read_adapter
@@ -72,11 +73,8 @@ class _Request:
     answered: bool = False  # whether a token has come
     over: bool = False
 
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        while (item := await self.tokens.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return received(self.tokens)
 
 
 class VllmEngine:
