@@ -12,6 +12,12 @@ PREDICTOR_IMAGE = f"feyntune/predictor:{VERSION}"  # the endpoint
 S3_SECRET = "feyntune-s3"  # S3_ENDPOINT, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION
 HUB_SECRET = "feyntune-hub"  # HF_TOKEN
 
+CA_FOLDER = "/etc/feyntune-ca"  # where pods have a ConfigMap's ca.crt
+
+# Headers of the endpoint's answers: the registered version that gave it, and the software's.
+VERSION_HEADER = "x-feyntune-version"
+RELEASE_HEADER = "x-feyntune-release"
+
 DEFAULT_BASE = "meta-llama/Llama-3.1-8B"
 DEFAULT_SOURCE = "oai:https://oaipmh.arxiv.org/oai"
 DEFAULT_STORE = "s3://feyntune"

@@ -12,6 +12,7 @@ from typing import Any
 import urllib3
 from pydantic import SecretStr
 
+from feyntune.constants import VERSION_HEADER
 from feyntune.deployment.cluster import Cluster, connect, reason
 from feyntune.deployment.render import expected_models, render
 from feyntune.deployment.spec import ServingSpec, parse_spec, serving_of_run
@@ -23,8 +24,6 @@ from feyntune.registry.registry import Registry
 from feyntune.telemetry import log
 
 __all__ = ["DeployError", "ServingSpec", "deploy", "parse_spec", "serving_of_run"]
-
-VERSION_HEADER = "x-feyntune-version"
 
 
 class DeployError(UserError):

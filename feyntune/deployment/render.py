@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from feyntune.constants import IMAGE_USER
+from feyntune.constants import CA_FOLDER, IMAGE_USER
 from feyntune.deployment.spec import LIMITS, ServingSpec
 from feyntune.errors import UserError
 from feyntune.model.base import split_pin
@@ -21,7 +21,6 @@ from feyntune.registry.models import State
 
 GROUP = "serving.kserve.io"
 KEYS_FILE = "/etc/feyntune/keys/keys"
-CA_FOLDER = "/etc/feyntune-ca"
 CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")  # as the chart's feyntune.commonEnv
 _RESTRICTED = {
     "allowPrivilegeEscalation": False,

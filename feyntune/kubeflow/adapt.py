@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from feyntune.constants import HUB_SECRET, S3_SECRET
+from feyntune.constants import CA_FOLDER, HUB_SECRET, S3_SECRET
 from feyntune.errors import UserError
 
 CACHE = "/var/cache/feyntune"
@@ -138,7 +138,7 @@ def _fit_cluster(step: dict[str, Any], settings: Settings, gpus: bool) -> None:
         name = names[secret["secretName"]]
         secret |= {"secretName": name, "secretNameParameter": {"runtimeValue": {"constant": name}}}
     if settings.caConfigMap:
-        mount = {"configMapName": settings.caConfigMap, "mountPath": "/etc/feyntune-ca", "optional": False}
+        mount = {"configMapName": settings.caConfigMap, "mountPath": CA_FOLDER, "optional": False}
         name_parameter = {"runtimeValue": {"constant": settings.caConfigMap}}
         step["configMapAsVolume"] = [{**mount, "configMapNameParameter": name_parameter}]
     if not settings.fixedIds:

@@ -23,6 +23,7 @@ import requests
 from feyntune.artifacts.artifact import MANIFEST, write_artifact
 from feyntune.artifacts.s3 import make_bucket
 from feyntune.artifacts.store import open_store, pull, push
+from feyntune.constants import RELEASE_HEADER
 from feyntune.errors import EXIT_BAD_INPUT, UserError
 from feyntune.telemetry import log, setup
 
@@ -102,7 +103,7 @@ def check_endpoint(url: str) -> None:
     request = {"model": "base", "prompt": "We study", "max_tokens": 8, "temperature": 0}
     answer = _answer("POST", f"{base}/completions", headers=headers, json=request)
     made = answer.json()
-    version = answer.headers.get("x-feyntune-release", "")
+    version = answer.headers.get(RELEASE_HEADER, "")
     expected = os.environ.get("FEYNTUNE_EXPECT_VERSION", "")
     if expected and version != expected:
         answered = f"feyntune {version}" if version else "a server that does not name its version"

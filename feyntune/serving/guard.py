@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from fastapi.responses import ORJSONResponse, Response
 
-from feyntune.constants import VERSION
+from feyntune.constants import RELEASE_HEADER, VERSION
 from feyntune.errors import UserError
 from feyntune.serving.completions import OWNER, ApiError, Limits
 from feyntune.serving.workbench import FILES
@@ -66,7 +66,7 @@ class Keys:
         self._stamp = stamp
 
 
-_RELEASE = (b"x-feyntune-release", VERSION.encode())  # the software; x-feyntune-version names the adapter's version
+_RELEASE = (RELEASE_HEADER.encode(), VERSION.encode())
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 

@@ -34,6 +34,7 @@ from fastapi.routing import APIRoute  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
 
+from feyntune.constants import RELEASE_HEADER, VERSION_HEADER  # noqa: E402
 from feyntune.engine.api import Sampling  # noqa: E402
 from feyntune.errors import UserError  # noqa: E402
 from feyntune.names import BASE, slug  # noqa: E402
@@ -287,7 +288,7 @@ class _Rest(RESTServer):
                 allow_origins=self.server.cors_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["X-Request-Id", "x-feyntune-version", "x-feyntune-release", "Retry-After"],
+                expose_headers=["X-Request-Id", VERSION_HEADER, RELEASE_HEADER, "Retry-After"],
             )
 
 

@@ -17,6 +17,7 @@ import orjson
 from fastapi import APIRouter, Response
 from fastapi.responses import ORJSONResponse, StreamingResponse
 
+from feyntune.constants import VERSION_HEADER
 from feyntune.engine.api import Token
 from feyntune.names import BASE, slug
 from feyntune.serving.completions import ApiError, Chunk, Completion, CompletionRequest, Server
@@ -371,7 +372,7 @@ class _Answer:
     def _headers(self) -> dict[str, str]:
         """Which version answered: a name such as `champion` may mean another one at the next request."""
         version = self.target.version if self.target else None
-        return {"x-feyntune-version": version.name if version else BASE}
+        return {VERSION_HEADER: version.name if version else BASE}
 
     def _frame(self, kind: str) -> dict[str, Any]:
         version = self.target.version if self.target else None
