@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -167,13 +167,22 @@ def _pool(step: dict[str, Any], settings: Settings) -> None:
 def _request_per_gpu(resources: dict[str, Any], settings: Settings) -> None:
     count = int(resources["accelerator"]["resourceCount"])
     if settings.cpusPerGpu is not None:
-        resources["resourceCpuRequest"] = f"{settings.cpusPerGpu * count:g}"
-        if "cpuRequest" in resources:
-            resources["cpuRequest"] = settings.cpusPerGpu * count
+        _set_cpus(resources, settings.cpusPerGpu * count)
     if settings.memoryPerGpu is not None:
-        resources["resourceMemoryRequest"] = f"{settings.memoryPerGpu * count}Gi"
-        if "memoryRequest" in resources:
-            resources["memoryRequest"] = settings.memoryPerGpu * count * 2**30 / 1e9
+        _set_memory(resources, "Request", settings.memoryPerGpu * count)
+
+
+def _set_cpus(resources: dict[str, Any], cores: float) -> None:
+    """Both spellings: a text for Kubernetes, and a number where the compiler wrote one."""
+    resources["resourceCpuRequest"] = f"{cores:g}"
+    if "cpuRequest" in resources:
+        resources["cpuRequest"] = float(cores)
+
+
+def _set_memory(resources: dict[str, Any], what: Literal["Request", "Limit"], gib: int) -> None:
+    resources[f"resourceMemory{what}"] = f"{gib}Gi"
+    if f"memory{what}" in resources:
+        resources[f"memory{what}"] = gib * 2**30 / 1e9  # gigabytes
 
 
 def _scale(resources: dict[str, Any], gpus: int) -> None:
@@ -191,10 +200,9 @@ def _scale(resources: dict[str, Any], gpus: int) -> None:
 def _without_gpus(resources: dict[str, Any], step: dict[str, Any]) -> None:
     """Any node will do, and a tiny model's memory."""
     del resources["accelerator"]
-    resources |= {"resourceCpuRequest": "1", "resourceMemoryRequest": "1Gi", "resourceMemoryLimit": "8Gi"}
-    for key, value in {"cpuRequest": 1.0, "memoryRequest": 1.073741824, "memoryLimit": 8.589934592}.items():
-        if key in resources:
-            resources[key] = value
+    _set_cpus(resources, 1)
+    _set_memory(resources, "Request", 1)
+    _set_memory(resources, "Limit", 8)
     for key in ("nodeSelector", "tolerations"):
         step.pop(key, None)
 
