@@ -60,7 +60,7 @@ def follow(
             time.sleep(every)
             continue
         silent = 0
-        for task in (run.run_details.task_details if run.run_details else None) or []:
+        for task in _tasks(run):
             if task.display_name in steps and task.state and states.get(task.task_id) != task.state:
                 states[task.task_id] = task.state
                 log.info("%s: %s", task.display_name, task.state.lower())
@@ -81,8 +81,8 @@ def fetch_report(store: str, run_id: str, folder: Path) -> Path:
 
 
 def _ended(run: Any, steps: set[str], store: str, page: str) -> Ended:
-    failed = {t.display_name for t in (run.run_details.task_details if run.run_details else None) or [] if _bad(t)}
-    done = {t.display_name for t in (run.run_details.task_details if run.run_details else None) or [] if _good(t)}
+    failed = {t.display_name for t in _tasks(run) if t.state in ("FAILED", "SYSTEM_ERROR")}
+    done = {t.display_name for t in _tasks(run) if t.state == "SUCCEEDED"}
     own = sorted(failed & steps)
     drivers = sorted({name for name in failed if name.endswith("-driver")})
     reported = "compare" in done
@@ -104,12 +104,8 @@ def _ended(run: Any, steps: set[str], store: str, page: str) -> Ended:
     return Ended(code, f"Run {run.run_id} {what}: see {page}.{again}" if code else "", reported, lost, store)
 
 
-def _bad(task: Any) -> bool:
-    return bool(task.state in ("FAILED", "SYSTEM_ERROR"))
-
-
-def _good(task: Any) -> bool:
-    return bool(task.state == "SUCCEEDED")
+def _tasks(run: Any) -> list[Any]:
+    return (run.run_details.task_details if run.run_details else None) or []
 
 
 def _steps() -> set[str]:
