@@ -143,6 +143,22 @@ class Generation(Protocol):
     def __aiter__(self) -> AsyncIterator[Token]: ...
 
 
+def check_request(prompt: Sequence[int], sampling: Sampling, vocabulary: int, max_length: int) -> None:
+    """What every engine asks of a request.
+
+    Raises:
+        ValueError: no token, one outside the vocabulary, or none to generate.
+        ContextLengthError: prompt and completion exceed `max_length` tokens.
+    """
+    if not prompt or not all(0 <= t < vocabulary for t in prompt) or sampling.max_tokens < 1:
+        raise ValueError("a prompt needs at least one token, all in the vocabulary, and one to generate")
+    if len(prompt) + sampling.max_tokens > max_length:
+        raise ContextLengthError(
+            f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: together they exceed "
+            f"the model's {max_length}. Shorten the prompt or lower max_tokens."
+        )
+
+
 async def received(tokens: asyncio.Queue[Token | Exception | None]) -> AsyncIterator[Token]:
     """The tokens that an engine puts into a request's queue, up to None, which ends it; an exception is raised."""
     while (item := await tokens.get()) is not None:

@@ -30,7 +30,6 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from feyntune.engine.api import (
     GREEDY_BELOW,
-    ContextLengthError,
     EngineDeadError,
     EngineSettings,
     InvalidAdapterError,
@@ -40,6 +39,7 @@ from feyntune.engine.api import (
     QueueFullError,
     Sampling,
     Token,
+    check_request,
 )
 from feyntune.engine.attention import NO_CACHE, install_attention
 from feyntune.engine.fair_queue import FairQueue
@@ -137,13 +137,7 @@ class BatchingEngine:
         return max(1, round(self._seconds * self._queued / self.settings.batch_requests))
 
     def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling, owner: str = "") -> Running:
-        if not prompt or not all(0 <= t < self.vocabulary for t in prompt) or sampling.max_tokens < 1:
-            raise ValueError("a prompt needs at least one token, all in the vocabulary, and one to generate")
-        if len(prompt) + sampling.max_tokens > self.max_length:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: together they exceed "
-                f"the model's {self.max_length}. Shorten the prompt or lower max_tokens."
-            )
+        check_request(prompt, sampling, self.vocabulary, self.max_length)
         self._check_queue(owner)
         slot = self._acquire_slot(adapter)
         request = Running(

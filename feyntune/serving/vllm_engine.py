@@ -22,7 +22,6 @@ import httpx
 import orjson
 
 from feyntune.engine.api import (
-    ContextLengthError,
     EngineDeadError,
     EngineSettings,
     EngineUnavailableError,
@@ -33,6 +32,7 @@ from feyntune.engine.api import (
     QueueFullError,
     Sampling,
     Token,
+    check_request,
     received,
 )
 from feyntune.engine.fair_queue import FairQueue
@@ -210,13 +210,7 @@ class VllmEngine:
     # -- requests
 
     def submit(self, adapter: str | None, prompt: Sequence[int], sampling: Sampling, owner: str = "") -> _Request:
-        if not prompt or not all(0 <= t < self.vocabulary for t in prompt) or sampling.max_tokens < 1:
-            raise ValueError("a prompt needs at least one token, all in the vocabulary, and one to generate")
-        if len(prompt) + sampling.max_tokens > self.max_length:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}: together they exceed "
-                f"the model's {self.max_length}. Shorten the prompt or lower max_tokens."
-            )
+        check_request(prompt, sampling, self.vocabulary, self.max_length)
         return self._queue(_Request(adapter, list(prompt), sampling, owner))
 
     async def score(self, adapter: str | None, tokens: Sequence[int], top: int, owner: str = "") -> list[Token]:
