@@ -93,13 +93,21 @@ _OTHER_KEYS = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_UR
 
 
 def _store_keys(store: str | None) -> Check:
-    from feyntune.settings import ENDPOINTS, variable
+    from feyntune.aws_profile import read_profile
+    from feyntune.environment import variable
+    from feyntune.settings import ENDPOINTS
 
     absent = [name for name in _KEYS if not variable(*(ENDPOINTS if name == _KEYS[0] else (name,)))]
     if not absent:
         return Check("store keys", "ok", f"{', '.join(_KEYS)} are set.")
     if source := next((name for name in _OTHER_KEYS if variable(name)), None):
         return Check("store keys", "ok", f"Keys come from {source}.")
+    try:
+        profile = read_profile()
+    except UserError as e:
+        return Check("store keys", "missing", str(e))
+    if profile and profile.gives_keys:
+        return Check("store keys", "ok", f"Keys come from AWS's profile {profile.name}.")
     needed = store is not None and store.startswith("s3://")
     return Check(
         "store keys", "missing" if needed else "optional", f"{', '.join(absent)} not set: an s3:// store needs them."

@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import os
+import re
 import socket
 import ssl
 from typing import Any
@@ -24,6 +25,9 @@ def proxy_for(url: str) -> str | None:
         UserError: the proxy is not an http(s) URL.
     """
     parts = urlsplit(url)
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(parts.hostname or "").is_link_local:  # a metadata service of this machine or pod
+            return None
     proxies = getproxies_environment()
     proxy = (proxies.get(parts.scheme) or proxies.get("all") or "").strip()
     if not proxy or proxy_bypass_environment(parts.netloc, proxies) or _in_network(parts.hostname, proxies.get("no")):
@@ -119,17 +123,33 @@ def describe_failure(error: Exception, url: str) -> str:
     """Why a request to `url` failed, in words that name the proxy or the certificate where one is the cause."""
     reason = getattr(error, "reason", None) or error
     if isinstance(reason, urllib3.exceptions.ProxyError):
-        return f"the proxy {_shown(proxy_for(url))} does not let the request through: check https_proxy and no_proxy"
+        return f"the proxy {shown(proxy_for(url))} does not let the request through: check https_proxy and no_proxy"
     if isinstance(reason, urllib3.exceptions.SSLError) and "CERTIFICATE" in str(reason).upper():
         return "its TLS certificate is not trusted: set SSL_CERT_FILE to the PEM file of the certificate authority"
     if isinstance(reason, urllib3.exceptions.SSLError):
         return "it does not speak TLS on this port: check https:// against http://"
     if isinstance(reason, urllib3.exceptions.NameResolutionError):
         return "its host name cannot be resolved: check the address"
+    if isinstance(reason, urllib3.exceptions.ResponseError):  # "too many 503 error responses"
+        status = re.search(r"\b\d{3}\b", str(reason))
+        return f"it keeps answering HTTP {status[0]}" if status else str(reason)
+    for kind, words in _FAILURES.items():
+        if isinstance(reason, kind):
+            return words
     return type(reason).__name__
 
 
-def _shown(proxy: str | None) -> str:
+_FAILURES: dict[type[Exception], str] = {
+    urllib3.exceptions.ConnectTimeoutError: "no connection in time: a wrong address, or a firewall",
+    urllib3.exceptions.ReadTimeoutError: "it takes connections and does not answer in time",
+    urllib3.exceptions.NewConnectionError: "no connection: nothing listens there",
+    urllib3.exceptions.ProtocolError: "the connection broke",
+    urllib3.exceptions.IncompleteRead: "the connection broke",
+}
+
+
+def shown(proxy: str | None) -> str:
+    """A proxy's host and port, without its password."""
     return urlsplit(proxy or "").netloc.rpartition("@")[2]
 
 

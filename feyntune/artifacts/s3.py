@@ -1,23 +1,27 @@
 """The one S3 client of the project: where its keys come from, how it connects, and what its errors mean."""
 
 import io
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
-from minio.credentials import AWSConfigProvider, Credentials, IamAwsProvider, Provider, StaticProvider
-from minio.error import InvalidResponseError, MinioException, S3Error
+from minio.credentials import Credentials, IamAwsProvider, Provider, StaticProvider
+from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+from minio.helpers import check_bucket_name
 
 from feyntune.artifacts.names import Missing, StoreError, checked_name, parse_address
+from feyntune.aws_profile import keys_of, read_profile
+from feyntune.environment import variable
 from feyntune.errors import UserError
-from feyntune.network import describe_failure, http_pool, is_untrusted
-from feyntune.settings import S3Settings, variable
+from feyntune.network import describe_failure, http_pool, is_untrusted, proxy_for, shown
+from feyntune.settings import S3Settings
 
 # What a store's refusal means for the person who reads it.
 _HINTS = {
@@ -31,7 +35,11 @@ _HINTS = {
     "AuthorizationHeaderMalformed": "the store is in another region: set AWS_REGION",
     "PermanentRedirect": "the bucket is in another region or at another endpoint: set AWS_REGION or S3_ENDPOINT",
     "Redirect": "the bucket is in another region or at another endpoint: set AWS_REGION or S3_ENDPOINT",
+    "QuotaExceeded": "the quota is used up: delete what is not needed, or have it raised",
+    "XMinioStorageFull": "the store's disk is full: free some space there",
+    "AllAccessDisabled": "the bucket or the account is disabled: ask who runs it",
 }
+_NOT_S3 = "the answer is not S3's: check S3_ENDPOINT"
 _PAGE = "a web page answers, not S3 (a console, a login page or a proxy): set S3_ENDPOINT to the port of the S3 API"
 
 
@@ -103,12 +111,8 @@ def _provider(settings: S3Settings) -> Provider:
     if variable(*containers):
         where = variable("AWS_CONTAINER_CREDENTIALS_FULL_URI") or "http://169.254.170.2"
         return _Fetched(IamAwsProvider(http_client=_keys_pool(where)), "the container's role")
-    profile = Path(variable("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
-    if variable("AWS_PROFILE") or profile.is_file():
-        return _Fetched(
-            AWSConfigProvider(str(profile), variable("AWS_PROFILE")),
-            f"profile {variable('AWS_PROFILE') or 'default'} in {profile}",
-        )
+    if variable("AWS_PROFILE") or ((profile := read_profile()) and profile.gives_keys):
+        return _OfProfile()
     if settings.is_aws and (variable("AWS_EC2_METADATA_DISABLED") or "").lower() != "true":
         metadata = variable("AWS_EC2_METADATA_SERVICE_ENDPOINT")
         where = metadata or "http://169.254.169.254"
@@ -120,6 +124,31 @@ _NO_KEYS = (
     "An s3:// address needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment (or a profile, "
     "AWS_WEB_IDENTITY_TOKEN_FILE, or a role of the machine): set them."
 )
+
+
+class _OfProfile(Provider):
+    """Keys of a profile: the file is read and its process run again when they expire."""
+
+    def __init__(self) -> None:
+        self.held: Credentials | None = None
+
+    def retrieve(self) -> Credentials:
+        if self.held is None or self.held.is_expired():
+            profile = read_profile()
+            if profile is None:
+                raise UserError(
+                    f"There is no profile {variable('AWS_PROFILE') or 'default'} in ~/.aws/config or "
+                    "~/.aws/credentials (or where AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE say): correct "
+                    "AWS_PROFILE."
+                )
+            access_key, secret_key, token, until = keys_of(profile)
+            self.held = Credentials(access_key, secret_key, session_token=token, expiration=until or _soon())
+        return self.held
+
+
+def _soon() -> datetime:
+    """When keys that stand in a file are read again: other tools renew them there."""
+    return datetime.now(UTC) + timedelta(minutes=5)
 
 
 class _Fetched(Provider):
@@ -137,8 +166,6 @@ class _Fetched(Provider):
                 return self.source.retrieve()
             except (OSError, ValueError, LookupError, TypeError, urllib3.exceptions.HTTPError) as e:
                 reason = type(e).__name__
-                if isinstance(self.source, AWSConfigProvider):
-                    break
                 time.sleep(0.2 * attempt)
         if self.what is None:
             raise UserError(_NO_KEYS) from None
@@ -157,6 +184,12 @@ class S3Store:
         _, self.bucket, self.prefix = parse_address(uri)
         self.uri = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
         self.endpoint = settings.url
+        try:
+            check_bucket_name(self.bucket, strict=settings.is_aws, s3_check=settings.is_aws)
+        except ValueError:
+            raise UserError(
+                f"Store {uri}: {self.bucket!r} is not a bucket's name (3 to 63 of a-z, 0-9, . and -): correct it."
+            ) from None
         self.client = s3_client(settings, tries)
 
     def _key(self, name: str) -> str:
@@ -184,25 +217,52 @@ class S3Store:
                     rights += f", or, where the object does not exist, {self._right('s3:ListBucket')}"
                 raise StoreError(f"{where}: the store denies access: the keys need {rights}.") from e
             if hint := _HINTS.get(e.code or ""):
-                raise StoreError(f"{where}: {e.code}: {hint}.") from e
-            raise StoreError(f"{where}: the store answered {e.code} ({e.message}).") from e
-        except (InvalidResponseError, ParseError) as e:
-            page = isinstance(e, ParseError) or "html" in str(e)[:300].lower()
-            what = _PAGE if page else "the answer is not S3's: check S3_ENDPOINT"
-            raise StoreError(f"{where}: {self.endpoint} is not an S3 store: {what}.") from None
+                expected = re.search(r"expecting '([\w-]+)'", e.message or "")
+                region = e.response.headers.get("x-amz-bucket-region") or (expected and expected[1])
+                there = hint.replace("AWS_REGION", f"AWS_REGION to {region}") if region else hint
+                raise StoreError(f"{where}: {e.code}: {there}.") from e
+            if not e.code:
+                raise StoreError(f"{where}: {self.endpoint} is not an S3 store: {_NOT_S3}.") from e
+            raise StoreError(f"{where}: the store answered {e.code}{f' ({e.message})' if e.message else ''}.") from e
+        except (InvalidResponseError, ParseError, UnicodeDecodeError) as e:
+            if isinstance(e, InvalidResponseError) and e._code == 407:
+                raise StoreError(
+                    f"{where}: the proxy {shown(proxy_for(self.endpoint))} wants a user and a password: set "
+                    "http_proxy=http://USER:PASSWORD@HOST:PORT."
+                ) from None
+            page = not isinstance(e, InvalidResponseError) or "html" in str(e)[:300].lower()
+            raise StoreError(
+                f"{where}: {self.endpoint} is not an S3 store: {self._page() if page else _NOT_S3}."
+            ) from None
+        except ServerError as e:
+            raise StoreError(f"{where}: {self.endpoint} answered HTTP {e.status_code}: check S3_ENDPOINT.") from e
         except MinioException as e:
             raise StoreError(f"{where}: {self.endpoint} is not an S3 store: check S3_ENDPOINT.") from e
         except urllib3.exceptions.HTTPError as e:
-            raise StoreError(
-                f"{where}: the store at {self.endpoint} does not answer ({describe_failure(e, self.endpoint)}): "
-                "check S3_ENDPOINT."
-            ) from e
+            failure = describe_failure(e, self.endpoint)
+            state = "gives no result" if "HTTP" in failure else "does not answer"
+            raise StoreError(f"{where}: the store at {self.endpoint} {state} ({failure}): check S3_ENDPOINT.") from e
+
+    def _page(self) -> str:
+        proxy = proxy_for(self.endpoint)
+        return f"{_PAGE}; the request goes through the proxy {shown(proxy)} (no_proxy)" if proxy else _PAGE
 
     def _check_is_s3(self, headers: Any, name: str) -> None:
-        """A console answers every path with its page and status 200; no store calls our objects web pages."""
-        is_page = "html" in headers.get("content-type", "")
-        if is_page and not any(h.lower().startswith("x-amz-") for h in headers):
-            raise StoreError(f"{self.uri}/{name}: {self.endpoint} is not an S3 store: {_PAGE}.")
+        """A console answers every path with its page and status 200; an S3 store gives every object an ETag."""
+        if not headers.get("etag"):
+            what = self._page() if "html" in headers.get("content-type", "") else _NOT_S3
+            raise StoreError(f"{self.uri}/{name}: {self.endpoint} is not an S3 store: {what}.")
+
+    def _stat(self, name: str) -> Any:
+        """What HEAD tells of an object. A refusal has no body there, so GET is asked for the reason."""
+        with self._asking(name, "s3:GetObject"):
+            try:
+                return self.client.stat_object(self.bucket, self._key(name))
+            except S3Error as e:
+                if e.code not in ("AccessDenied", "BadRequest"):
+                    raise
+                self.client.get_object(self.bucket, self._key(name), length=1).close()
+                raise
 
     def get(self, name: str) -> bytes:
         with self._asking(name, "s3:GetObject"):
@@ -217,8 +277,7 @@ class S3Store:
     def put(self, name: str, data: bytes) -> None:
         with self._asking(name, "s3:PutObject"):
             result = self.client.put_object(self.bucket, self._key(name), io.BytesIO(data), len(data))
-            if not result.etag:
-                raise StoreError(f"{self.uri}/{name}: {self.endpoint} is not an S3 store: {_PAGE}.")
+            self._check_is_s3({"etag": result.etag, "content-type": "html"}, name)
 
     def create(self, name: str, data: bytes) -> bool:
         """One PUT with `If-None-Match: *`; minio's own put_object has no parameter for it.
@@ -239,15 +298,12 @@ class S3Store:
                         raise
                     # A PUT that was sent again after its answer got lost meets its own object.
                     return self.get(name) == data
-                if not answer.headers.get("etag"):
-                    raise StoreError(f"{self.uri}/{name}: {self.endpoint} is not an S3 store: {_PAGE}.")
+                self._check_is_s3(answer.headers, name)
                 return True
         raise StoreError(f"{self.uri}/{name}: the store keeps answering ConditionalRequestConflict: try again later.")
 
     def modified(self, name: str) -> datetime:
-        with self._asking(name, "s3:GetObject"):
-            when = self.client.stat_object(self.bucket, self._key(name)).last_modified
-        return when or datetime.now(UTC)
+        return self._stat(name).last_modified or datetime.now(UTC)
 
     def get_file(self, name: str, path: Path) -> None:
         with self._asking(name, "s3:GetObject"):
@@ -264,8 +320,7 @@ class S3Store:
 
     def exists(self, name: str) -> bool:
         try:
-            with self._asking(name, "s3:GetObject"):
-                stat = self.client.stat_object(self.bucket, self._key(name))
+            stat = self._stat(name)
         except Missing:
             return False
         self._check_is_s3(stat.metadata or {}, name)

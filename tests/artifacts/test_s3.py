@@ -1,15 +1,6 @@
-"""S3 as its users set it up: keys from every usual place, proxies, private CAs, and refusals that say what to do."""
+"""S3 as its users set it up: addresses, proxies, private CAs, and refusals that say what to do."""
 
-import datetime
-import json
-import logging
-import ssl
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,79 +11,12 @@ from feyntune.errors import UserError
 from feyntune.kubeflow.chart_jobs import bucket
 from feyntune.network import proxy_for
 from feyntune.settings import S3Settings
+from tests.servers.plain_http import serving
 
 SECRET = "hush-hush-secret"
-NAMES = (
-    *(
-        "S3_ENDPOINT",
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_ENDPOINT_URL",
-        "AWS_ENDPOINT_URL_STS",
-        "S3_CA_BUNDLE",
-        "AWS_CA_BUNDLE",
-    ),
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE"),
-    *("AWS_REGION", "AWS_DEFAULT_REGION", "S3_ADDRESSING_STYLE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"),
-    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
-    *("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "SSL_CERT_FILE"),
-)
+KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
-
-@pytest.fixture(autouse=True)
-def env(monkeypatch, tmp_path) -> Callable[..., None]:
-    """An environment without any of the names above; call it to set some."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-    def set_all(**values: str) -> None:
-        for name, value in values.items():
-            monkeypatch.setenv(name, value)
-
-    return set_all
-
-
-@dataclass
-class Server:
-    url: str
-    requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)  # method, path, headers
-
-
-def not_found(method: str, path: str) -> tuple[int, dict[str, str], bytes]:
-    return 404, {"content-type": "application/xml"}, b"<Error><Code>NoSuchKey</Code><Message>m</Message></Error>"
-
-
-@contextmanager
-def serving(answer=not_found, certificate: tuple[Path, Path] | None = None) -> Iterator[Server]:
-    class Handler(BaseHTTPRequestHandler):
-        def do(self):
-            self.rfile.read(int(self.headers.get("content-length", 0)))
-            server.requests.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
-            status, headers, body = answer(self.command, self.path)
-            self.send_response(status)
-            for name, value in {"content-length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    if certificate:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        http.socket = context.wrap_socket(http.socket, server_side=True)
-    server = Server(f"http{'s' if certificate else ''}://127.0.0.1:{http.server_port}")
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        http.shutdown()
-        http.server_close()
+pytestmark = pytest.mark.usefixtures("env")
 
 
 # --- settings ---
@@ -119,6 +43,8 @@ def test_our_own_name_comes_first_and_the_region_has_both_names(env):
         ({"S3_ENDPOINT": "http://h:1/minio"}, "has the path '/minio'"),
         ({"S3_ENDPOINT": "minio.example:9000"}, "not a URL"),
         ({"S3_ENDPOINT": "http://h:port"}, "not a URL"),
+        ({"S3_ENDPOINT": "http://h h:1"}, "not a URL"),
+        ({"S3_ENDPOINT": "http://h:1?x=1"}, "has a . or # after the host"),
         ({"S3_ENDPOINT": f"http://user:{SECRET}@h:1"}, "holds a user or a key"),
         ({"S3_ENDPOINT": f"ftp://user:{SECRET}@h:1"}, "not a URL"),
         ({"S3_ENDPOINT": "http://h:1", "AWS_SECRET_ACCESS_KEY": ""}, "needs AWS_SECRET_ACCESS_KEY"),
@@ -134,88 +60,41 @@ def test_settings_that_cannot_work_are_one_sentence_without_keys(env, values, me
     assert SECRET not in str(e.value)
 
 
+@pytest.mark.parametrize("written", ['"{}"', "'{}'", "\ufeff{}", "{}\r\n", ' "{}" \n'])
+def test_what_files_and_docker_leave_around_a_value_is_no_part_of_it(env, written):
+    env(S3_ENDPOINT=written.format("http://h:1"), AWS_ACCESS_KEY_ID=written.format("a"), AWS_SECRET_ACCESS_KEY="b")
+    settings = S3Settings.from_env()
+    assert (settings.host, settings.access_key.get_secret_value()) == ("h:1", "a")
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+@pytest.mark.parametrize("value", ["a\nb", "a b", "\u00e4"])
+def test_a_key_that_no_request_can_carry_is_one_sentence_without_it(env, name, value):
+    env(S3_ENDPOINT="http://h:1", **{**dict.fromkeys(KEY_NAMES, "k"), name: SECRET + value})
+    with pytest.raises(UserError, match=f"{name} holds") as e:
+        S3Settings.from_env()
+    assert SECRET not in str(e.value)
+
+
+@pytest.mark.parametrize("bucket", ["a", "b b", "-ab", "1.2.3.4", "b\u00fc", "x" * 64])
+def test_a_name_that_no_bucket_has_is_one_sentence(env, bucket):
+    env(S3_ENDPOINT="http://h:1", AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b")
+    with pytest.raises(UserError, match="is not a bucket's name"):
+        open_store(f"s3://{bucket}/p")
+
+
+def test_capitals_in_a_bucket_are_refused_by_aws_alone(env):
+    env(S3_ENDPOINT="http://h:1", AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b")
+    open_store("s3://My_Bucket")
+    env(S3_ENDPOINT="https://s3.amazonaws.com")
+    with pytest.raises(UserError, match="is not a bucket's name"):
+        open_store("s3://My_Bucket")
+
+
 @pytest.mark.parametrize("region", ["nowhere in particular", "eu west"])
 def test_an_impossible_region_is_one_sentence(env, region):
     env(S3_ENDPOINT="http://h:1", AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b", AWS_REGION=region)
     with pytest.raises(UserError, match="cannot be used"):
-        open_store("s3://bucket")
-
-
-# --- where keys come from ---
-
-
-def test_temporary_keys_send_their_token_with_every_request(env):
-    with serving() as server:
-        env(S3_ENDPOINT=server.url, AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b", AWS_SESSION_TOKEN=" t \n")
-        store = open_store("s3://bucket/x")
-        assert not store.exists("a")
-    assert [h["x-amz-security-token"] for _, _, h in server.requests] == ["t"]
-
-
-def test_keys_of_a_profile_are_read(env, tmp_path):
-    (tmp_path / "keys").write_text("[lab]\naws_access_key_id = of-the-profile\naws_secret_access_key = s\n")
-    with serving() as server:
-        env(S3_ENDPOINT=server.url, AWS_PROFILE="lab", AWS_SHARED_CREDENTIALS_FILE=str(tmp_path / "keys"))
-        assert not open_store("s3://bucket").exists("a")
-        assert "Credential=of-the-profile/" in server.requests[0][2]["authorization"]
-        env(AWS_PROFILE="other")
-        with pytest.raises(UserError, match="profile other in"):
-            open_store("s3://bucket")
-
-
-def _sts(expires_in: float, keys: Iterator[str]):
-    def answer(method: str, path: str):
-        if "AssumeRoleWithWebIdentity" not in path:
-            return not_found(method, path)
-        until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=expires_in)
-        body = (
-            '<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
-            f"<AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{next(keys)}</AccessKeyId>"
-            f"<SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>{until:%Y-%m-%dT%H:%M:%SZ}"
-            "</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
-        )
-        return 200, {"content-type": "text/xml"}, body.encode()
-
-    return answer
-
-
-def test_a_web_identity_is_exchanged_at_the_private_server_and_again_before_it_expires(env, tmp_path):
-    (tmp_path / "jwt").write_text("jwt-of-the-pod")
-    with serving(_sts(5, iter(f"key{i}" for i in range(9)))) as server:
-        env(S3_ENDPOINT=server.url, AWS_WEB_IDENTITY_TOKEN_FILE=str(tmp_path / "jwt"), AWS_ROLE_ARN="arn:r")
-        store = open_store("s3://bucket")
-        assert not store.exists("a")
-        assert not store.exists("b")
-    used = [
-        h["authorization"].split("Credential=")[1].split("/")[0] for _, _, h in server.requests if "authorization" in h
-    ]
-    assert used == sorted(set(used))  # another key each time: five seconds are too few to use one again
-    assert len(used) == 2
-
-
-def test_a_web_identity_that_is_refused_is_one_sentence_without_its_token(env, tmp_path, caplog):
-    (tmp_path / "jwt").write_text("jwt-of-the-pod")
-    with serving(lambda m, p: (403, {}, b"")) as server, caplog.at_level(logging.DEBUG):
-        env(S3_ENDPOINT=server.url, AWS_WEB_IDENTITY_TOKEN_FILE=str(tmp_path / "jwt"), AWS_ROLE_ARN="arn:r")
-        with pytest.raises(UserError, match="the web identity") as e:
-            open_store("s3://bucket")
-    warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO]
-    assert "jwt-of-the-pod" not in str(e.value) + str(warned)
-
-
-def test_a_containers_role_is_asked(env):
-    until = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    keys = {"AccessKeyId": "of-the-role", "SecretAccessKey": "s", "Token": "t", "Expiration": until}
-    role = lambda m, p: (200, {}, json.dumps(keys).encode()) if p == "/role" else not_found(m, p)
-    with serving(role) as server:
-        env(S3_ENDPOINT=server.url, AWS_CONTAINER_CREDENTIALS_FULL_URI=f"{server.url}/role")
-        assert not open_store("s3://bucket").exists("a")
-        assert "Credential=of-the-role/" in server.requests[-1][2]["authorization"]
-
-
-def test_no_keys_at_all_are_one_sentence(env):
-    env(S3_ENDPOINT="http://127.0.0.1:1")
-    with pytest.raises(UserError, match="needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
         open_store("s3://bucket")
 
 
@@ -372,6 +251,11 @@ PAGES = {
         b"<!doctype html><p>Sign in",
     ),
     "a login page": lambda m, p: (302, {"location": "/login", "content-type": "text/html"}, b"<html>"),
+    "a page in another encoding": lambda m, p: (
+        403,
+        {"content-type": "text/html; charset=iso-8859-1"},
+        "<html>Zugriff verweigert: gehört nicht dazu".encode("latin-1"),
+    ),
     "a proxy's page": lambda m, p: (403, {"content-type": "text/html; charset=utf-8"}, b"<html>Blocked"),
 }
 
@@ -399,6 +283,55 @@ def test_a_console_holds_no_object(env, keys):
         env(S3_ENDPOINT=server.url)
         with pytest.raises(StoreError, match="not an S3 store: a web page answers"):
             open_store("s3://bucket").exists("x")
+
+
+@pytest.mark.parametrize("call", [lambda s: s.get("x"), lambda s: s.exists("x")])
+def test_a_server_that_is_no_store_at_all_is_recognized(env, keys, call):
+    with serving(lambda m, p: (200, {"content-type": "application/json"}, b"{}")) as server:
+        env(S3_ENDPOINT=server.url)
+        with pytest.raises(StoreError, match="not an S3 store"):
+            call(open_store("s3://bucket"))
+
+
+def test_a_refused_head_says_why(env, keys):
+    """HEAD's answer has no body: 403 could be a missing right, a wrong key or a wrong clock."""
+    with serving(refusing("RequestTimeTooSkewed")) as server:
+        env(S3_ENDPOINT=server.url)
+        with pytest.raises(StoreError, match="clock differs"):
+            open_store("s3://bucket").exists("x")
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [({"x-amz-bucket-region": "eu-west-1"}, "m"), ({}, "the region 'us-east-1' is wrong; expecting 'eu-west-1'")],
+)
+def test_the_region_that_a_store_names_is_passed_on(env, keys, headers, message):
+    body = f"<Error><Code>AuthorizationHeaderMalformed</Code><Message>{message}</Message></Error>".encode()
+    with serving(lambda m, p: (400, {"content-type": "application/xml", **headers}, body)) as server:
+        env(S3_ENDPOINT=server.url)
+        with pytest.raises(StoreError, match="set AWS_REGION to eu-west-1"):
+            open_store("s3://bucket").get("x")
+
+
+def test_a_proxy_that_wants_a_password_is_named(env, keys):
+    with serving(lambda m, p: (407, {"content-type": "text/html"}, b"<html>")) as proxy:
+        env(S3_ENDPOINT="http://s3.case.invalid", http_proxy=proxy.url)
+        with pytest.raises(StoreError, match=f"the proxy {proxy.url[7:]} wants a user and a password"):
+            open_store("s3://bucket").get("x")
+
+
+def test_a_page_that_came_through_a_proxy_names_it(env, keys):
+    with serving(PAGES["a proxy's page"]) as proxy:
+        env(S3_ENDPOINT="http://s3.case.invalid", http_proxy=proxy.url)
+        with pytest.raises(StoreError, match=f"goes through the proxy {proxy.url[7:]}"):
+            open_store("s3://bucket").get("x")
+
+
+def test_a_store_that_keeps_failing_is_not_called_silent(env, keys):
+    with serving(lambda m, p: (503, {"content-type": "text/html"}, b"<html>maintenance")) as server:
+        env(S3_ENDPOINT=server.url)
+        with pytest.raises(StoreError, match="keeps answering HTTP 503"):
+            open_store("s3://bucket", tries=0).get("x")
 
 
 def test_the_buckets_style_can_be_part_of_the_host_name(env, keys):
