@@ -219,8 +219,8 @@ class S3Store:
             if hint := _HINTS.get(e.code or ""):
                 expected = re.search(r"expecting '([\w-]+)'", e.message or "")
                 region = e.response.headers.get("x-amz-bucket-region") or (expected and expected[1])
-                there = hint.replace("AWS_REGION", f"AWS_REGION to {region}") if region else hint
-                raise StoreError(f"{where}: {e.code}: {there}.") from e
+                correction = hint.replace("AWS_REGION", f"AWS_REGION to {region}") if region else hint
+                raise StoreError(f"{where}: {e.code}: {correction}.") from e
             if not e.code:
                 raise StoreError(f"{where}: {self.endpoint} is not an S3 store: {_NOT_S3}.") from e
             raise StoreError(f"{where}: the store answered {e.code}{f' ({e.message})' if e.message else ''}.") from e
