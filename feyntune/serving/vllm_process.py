@@ -82,7 +82,8 @@ class VllmProcess:
             "VLLM_HOST_IP": "127.0.0.1",
             "HF_HUB_OFFLINE": "1",
         }
-        self._process = subprocess.Popen(self.command, env=environment, start_new_session=True)
+        # Its log goes where ours does.
+        self._process = subprocess.Popen(self.command, env=environment, start_new_session=True, stdout=2)
 
     @property
     def pid(self) -> int | None:
