@@ -353,6 +353,23 @@ def test_a_store_that_ignores_the_condition_is_found_out(env, keys):
         assert not creates_atomically(open_store("s3://bucket"))
 
 
+def test_a_store_that_passes_one_round_of_the_probe_by_luck_is_found_out(env, keys):
+    """A server that looks whether the object exists, and then writes, is right as long as nobody comes between."""
+    asked: list[str] = []
+
+    def answer(method: str, path: str):
+        if method != "PUT":
+            return 200, {"etag": '"x"'}, b"another's"
+        asked.append(path)
+        met_before = path == asked[0] and asked.count(path) > 1
+        return refusing("PreconditionFailed", 412)(method, path) if met_before else (200, {"etag": '"x"'}, b"")
+
+    with serving(answer) as server:
+        env(S3_ENDPOINT=server.url)
+        assert not creates_atomically(open_store("s3://bucket"))
+    assert len(asked) == 8  # two rounds of four
+
+
 def test_a_put_whose_answer_was_lost_still_counts_as_ours(env, keys):
     stored = b"ours"
     answers = lambda m, p: refusing("PreconditionFailed", 412)(m, p) if m == "PUT" else (200, {"etag": '"x"'}, stored)

@@ -27,12 +27,12 @@ def seaweed(tmp_path_factory):
         yield environment
 
 
-@pytest.fixture(params=["folder", "moto", "seaweedfs"])
+@pytest.fixture(params=["folder", "s3", "seaweedfs"])
 def uri(request, tmp_path, monkeypatch) -> str:
     """An empty store with conditional writes."""
     if request.param == "folder":
         return str(tmp_path / "store")
-    if request.param == "moto":
+    if request.param == "s3":  # moto, or with FEYNTUNE_TEST_S3=1 the server of the environment
         return f"{request.getfixturevalue('s3')}/registry"
     for name, value in request.getfixturevalue("seaweed").items():
         monkeypatch.setenv(name, value)
