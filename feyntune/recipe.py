@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from feyntune.artifacts.names import split_pin
 from feyntune.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def default_recipe(base: str | None) -> str:
     if base is None:
         return "tiny"
     try:
-        manifest = json.loads((Path(base.rpartition("@")[0] or base) / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((Path(split_pin(base)[0]) / "manifest.json").read_text(encoding="utf-8"))
         return "tiny" if manifest["stats"]["parameters"] < TINY_PARAMETERS else "paper"
     except (OSError, ValueError, KeyError, TypeError):
         return "paper"

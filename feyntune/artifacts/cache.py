@@ -28,7 +28,7 @@ from feyntune.errors import Interrupted, UserError
 from feyntune.names import slug
 from feyntune.telemetry import log
 
-DATA_VERSION = "feyntune-data-1"  # of ingest and split together
+DATA_VERSION = "feyntune-data-2"  # of ingest and split together
 TRAINING_VERSION = "feyntune-training-1"
 EVALUATION_VERSION = "feyntune-evaluation-2"
 

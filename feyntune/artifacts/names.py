@@ -59,6 +59,31 @@ def expand(path: str) -> Path:
         return Path(path)
 
 
+def local_file(text: str) -> Path:
+    """The path of a file of this machine, given as a shell would read it.
+
+    Raises:
+        UserError: it is the address of a file elsewhere.
+    """
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme.isalnum():
+        raise UserError(f"{text} is an address, and a file of this machine is needed: copy it here, give its path.")
+    return expand(text)
+
+
+def split_pin(base: str) -> tuple[str, str | None]:
+    """A base model, `LOCATION@DIGEST`, as (location, digest); digest is None where there is none.
+
+    The name of a folder can hold an @ too.
+    """
+    if base.startswith("~"):
+        base = str(expand(base))
+    location, at, digest = base.rpartition("@")
+    if not at or "/" in digest or Path(base).is_dir():
+        return base, None
+    return location, digest
+
+
 def checked_name(name: str) -> str:
     """`name` if it is relative and stays inside the store.
 

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from feyntune.artifacts.names import expand
 from feyntune.cli import cluster, doctor, human, registry, run, serve, steps, tasks
 from feyntune.errors import (
     EXIT_BAD_INPUT,
@@ -39,9 +40,15 @@ app.add_typer(registry.registry_app, name="registry")
 app.add_typer(human.study_app, name="study")
 
 
+def _home_expanded(argument: str) -> str:
+    """`--workdir=~/runs` as its writer means it: shells expand the `~` of a word of its own only."""
+    option, equals, value = argument.partition("=")
+    return f"{option}={expand(value)}" if equals and option.startswith("--") and value.startswith("~") else argument
+
+
 def main() -> None:
     try:
-        app()
+        app([_home_expanded(argument) for argument in sys.argv[1:]])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from feyntune.artifacts.names import split_pin
 from feyntune.cli.options import (
     DEFAULT_WORKDIR,
     Changes,
@@ -138,7 +139,7 @@ def result_text(folder: Path, workdir: Path) -> str:
         print(f"report   {shown_path(folder / 'report.html')} (open it in a browser)")
         print(f"summary  {shown_path(folder / 'summary.json')}")
         if champion:
-            base = summary["arguments"]["base"].rpartition("@")[0] or summary["arguments"]["base"]
+            base, _ = split_pin(summary["arguments"]["base"])
             registry = shown_path(workdir / "registry")
             print(f"serve    feyntune serve --registry {registry} --base {shown_path(Path(base))}")
             print("         then open http://127.0.0.1:8080 in a browser")

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_manifest, write_artifact
+from feyntune.artifacts.names import split_pin
 from feyntune.conditions import CONDITIONS, Conditions, differences, read_conditions
 from feyntune.errors import UserError
 from feyntune.evaluation import completion_stats, human_and_judge_sections, seeds, statistics, task_sections
@@ -263,7 +264,7 @@ def _base_name(adapters: Mapping[str, str | Path], variants: Sequence[str]) -> s
     """The base model as the adapters name it: a hub id, or the name of its folder; "" where there is no adapter."""
     for name in variants:
         config = json.loads((Path(adapters[name]) / "adapter_config.json").read_text(encoding="utf-8"))
-        location = str(config.get("base_model_name_or_path") or "").partition("@")[0]
+        location, _ = split_pin(str(config.get("base_model_name_or_path") or ""))
         return Path(location).name if location.startswith("/") else location
     return ""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lxml import etree
 
-from feyntune.artifacts.names import expand
+from feyntune.artifacts.names import local_file
 from feyntune.artifacts.records import SOURCES
 from feyntune.errors import UserError
 from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper
@@ -29,7 +29,7 @@ def read_atom(
     Raises:
         UserError: the file is not there, is no Atom feed, is cut short, or holds the server's error message.
     """
-    path = expand(str(path))
+    path = local_file(str(path))
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of a saved Atom answer.")
     last = 0

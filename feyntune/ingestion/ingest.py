@@ -116,6 +116,8 @@ def ingest(
             if not counts.kept:
                 raise UserError(f"{source}: none of the {tally.read:,} records read was kept ({counts.why(tally)}).")
         except UserError as e:
+            if not tally.read:
+                raise
             counts.write(folder.path / "counts.json", tally)
             raise UserError(f"{e} What was read is in {_keep_partial(folder.path, out)}.") from e
         folder.stats |= {"seconds": round(time.monotonic() - started, 2), "given": where, "max_bad": max_bad}

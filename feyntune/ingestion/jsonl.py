@@ -5,23 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from feyntune.artifacts.names import expand
+from feyntune.artifacts.names import local_file
 from feyntune.artifacts.records import Paper, normal_form
-from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, parse_date
+from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, is_category, parse_date
 from feyntune.ingestion.kaggle import load_object, open_blocks, read_lines
 from feyntune.ingestion.tally import Tally
 
 _ID = re.compile(r"\S{1,200}")
-_CATEGORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*(\.[A-Za-z0-9-]+)*")
 
 
 def read_jsonl(path: str | Path, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
-    """The records of a file (`.jsonl`, in a `.zip`, `.gz` or `.zst`) whose category is asked for.
+    """The records of a file (`.jsonl`, in a `.zip`, `.gz`, `.bz2`, `.xz` or `.zst`) whose category is asked for.
 
     Raises:
         UserError: the file does not exist, holds something else, or is cut short.
     """
-    path = expand(str(path))
+    path = local_file(str(path))
     with open_blocks(path, tally) as blocks:
         yield from read_lines(blocks, path.name, categories, tally, parse=_row)
 
@@ -36,10 +35,10 @@ def _row(line: bytes) -> Row:
     text = _text(record, "text", "abstract")
     if not text:
         raise BadRecord("no text")
-    listed = _text_or_list(record, "categories", "category")
+    listed = _listed(record)
     if not listed:
         raise BadRecord("no category")
-    if wrong := [c for c in listed if not _CATEGORY.fullmatch(c)]:
+    if wrong := [c for c in listed if not is_category(c)]:
         raise BadRecord(f"a category that is not letters, digits, '-' and '.' ({wrong[0][:40]})")
     paper = Paper(
         id=identifier,
@@ -49,7 +48,7 @@ def _row(line: bytes) -> Row:
         abstract=text,
         date=parse_date(record.get("date")),
         license=record.get("license") if isinstance(record.get("license"), str) else None,
-        withdrawn=record.get("withdrawn") is True,
+        withdrawn=str(record.get("withdrawn")).lower() in ("true", "1"),
         source="jsonl",
     )
     updated = record.get("updated")
@@ -61,7 +60,11 @@ def _text(record: dict[str, Any], *names: str) -> str:
     return normal_form(value) if isinstance(value, str) else ""
 
 
-def _text_or_list(record: dict[str, Any], *names: str) -> list[str]:
-    value = next((record[n] for n in names if record.get(n) is not None), "")
+def _listed(record: dict[str, Any]) -> list[str]:
+    """`categories`, a list or a text of words as arXiv has it, else `category`, which is one."""
+    given = record.get("categories")
+    if isinstance(given, str):
+        return given.split()
+    value = record.get("category") if given is None else given
     parts = value if isinstance(value, list) else [value]
-    return " ".join(p for p in parts if isinstance(p, str)).split()
+    return [p.strip() for p in parts if isinstance(p, str) and p.strip()]

@@ -4,6 +4,7 @@ With a choice of categories most lines are told apart by a search of their bytes
 is exact: see `_to_decode`.
 """
 
+import bz2
 import gzip
 import io
 import json
@@ -18,9 +19,9 @@ from typing import IO, Any
 import orjson
 import pyarrow as pa
 
-from feyntune.artifacts.names import expand
+from feyntune.artifacts.names import local_file
 from feyntune.errors import UserError
-from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper
+from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, is_category, make_paper
 from feyntune.ingestion.tally import OTHER_CATEGORY, Tally
 
 _DAMAGE = (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError)
@@ -31,7 +32,9 @@ _LONGEST_LINE = 1 << 24  # bytes; what is longer is no record, and would be held
 
 
 def read_kaggle(path: str | Path, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
-    """The papers of a snapshot (`.json`, `.jsonl`, in a `.zip`, `.gz` or `.zst`) whose primary category is categories.
+    """The papers of a snapshot whose primary category is categories.
+
+    A snapshot is a `.json` or `.jsonl` file, also in a `.zip`, `.gz`, `.bz2`, `.xz` or `.zst`.
 
     Lines that are no usable record are counted in `tally` with file, line and reason. Of a line that belongs
     to a category not asked for, nothing else is looked at.
@@ -40,7 +43,7 @@ def read_kaggle(path: str | Path, categories: CategoryFilter, tally: Tally) -> I
         UserError: the file is not there, is not a snapshot (its first bytes say what it is instead), or is cut
             short.
     """
-    path = expand(str(path))
+    path = local_file(str(path))
     with open_blocks(path, tally) as blocks:
         yield from read_lines(blocks, path.name, categories, tally)
 
@@ -116,7 +119,7 @@ def load_object(line: bytes) -> dict[str, Any]:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         if b"NaN" not in line and b"Infinity" not in line:
-            raise BadRecord(_NOT_JSON) from None
+            raise BadRecord(_why_not_json(line)) from None
         try:
             record = json.loads(line, parse_constant=lambda _: None)
         except (ValueError, RecursionError):
@@ -124,6 +127,17 @@ def load_object(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
     return record
+
+
+def _why_not_json(line: bytes) -> str:
+    try:
+        text = line.decode().lstrip()
+        _, end = json.JSONDecoder().raw_decode(text)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except (ValueError, RecursionError):
+        return _NOT_JSON
+    return "more than one JSON object on the line (or a comma after it)" if text[end:].strip() else _NOT_JSON
 
 
 def _row(line: bytes, source: str) -> Row:
@@ -204,7 +218,7 @@ def _to_decode(
 def _may_accept(value: bytes, categories: CategoryFilter) -> bool:
     """Whether a line may be wanted whose `categories` are spelled so; yes where that is not plain to see."""
     words = value.split(None, 1)
-    if not words or not value.isascii() or b"\\" in value:
+    if not words or not value.isascii() or b"\\" in value or not is_category(words[0].decode("ascii")):
         return True
     return categories.accepts(words[0].decode("ascii"))
 
@@ -221,16 +235,21 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the file in it (arxiv-metadata-oai-snapshot.json).")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the path of the Kaggle file (arxiv-metadata-oai-snapshot.json).")
+        state = "is not a regular file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}: give the path of the Kaggle file (arxiv-metadata-oai-snapshot.json).")
     with path.open("rb") as raw:
-        start = raw.read(4)
+        start = raw.read(6)
         raw.seek(0)
         file: Any
-        if start == b"PK\x03\x04":
+        if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):  # the second: a zip without files
             file = _member(path)
         elif start[:2] == b"\x1f\x8b":
             file = gzip.GzipFile(fileobj=raw)
-        elif start == b"\x28\xb5\x2f\xfd":
+        elif start[:3] == b"BZh":
+            file = bz2.BZ2File(raw)
+        elif start == b"\xfd7zXZ\0":
+            file = lzma.LZMAFile(raw)  # noqa: SIM115
+        elif start[:4] == b"\x28\xb5\x2f\xfd":
             file = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
         else:
             file = raw
@@ -257,7 +276,8 @@ def _member(path: Path) -> IO[bytes]:
     snapshots = [m for m in members if PurePosixPath(m.filename).name == "arxiv-metadata-oai-snapshot.json"]
     chosen = snapshots if len(snapshots) == 1 else members
     if len(chosen) != 1:
-        listed = ", ".join(m.filename for m in members[:5]) or "none"
+        names = [m.filename for m in chosen or archive.infolist() if not m.is_dir()]
+        listed = ", ".join(names[:5]) + (" …" if len(names) > 5 else "") or "nothing"
         raise UserError(f"{path} must hold one .json or .jsonl file (it holds: {listed}): unpack it, name the file.")
     member = chosen[0]
     if member.flag_bits & 1:
@@ -286,5 +306,25 @@ def _check_start(path: Path, start: bytes) -> None:
         raise UserError(f"{path} is XML, not JSON lines: for an Atom feed write atom:{path}.")
     if text.startswith(b"["):
         raise UserError(f"{path} is one JSON array, not one object a line: rewrite it with `jq -c '.[]'`.")
-    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")) or text[:2] in (b"{\0", b"\0{"):
         raise UserError(f"{path} is UTF-16: rewrite it as UTF-8.")
+    if text.split(b"\n", 1)[0].strip() == b"{":
+        raise UserError(f"{path} has objects over several lines, not one a line: rewrite it with `jq -c .`.")
+    if start[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive: unpack it, and name the file in it.")
+    if not text.startswith(b"{"):
+        what = next((f"is {name}" for magic, name in _KINDS.items() if text.startswith(magic)), None)
+        what = what or f"begins with {text[:20].decode(errors='replace')!r}"
+        raise UserError(f"{path} {what}, not JSON lines, which begin with {{: give such a file.")
+
+
+_KINDS = {
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"PAR1": "a Parquet file",
+    b"%PDF": "a PDF",
+    b"SQLite format": "an SQLite database",
+    b"\x1f\x8b": "compressed twice",
+    b"PK\x03\x04": "a zip in a compressed file",
+    b"\x80\x04": "a Python pickle",
+}

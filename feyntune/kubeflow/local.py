@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from feyntune.artifacts.names import expand
+from feyntune.artifacts.names import local_file
 from feyntune.demo import copy_demo_base
 from feyntune.errors import Interrupted, UserError
 from feyntune.evaluation.retention import absolute_sources
@@ -163,7 +163,7 @@ def _only_run(workdir: Path) -> Iterator[None]:
 def _absolute(source: str) -> str:
     """Steps run in other folders, so a file is named by its whole path."""
     kind, _, rest = source.partition(":")
-    return f"{kind}:{expand(rest).resolve()}" if kind in ("kaggle", "atom", "jsonl") else source
+    return f"{kind}:{local_file(rest).resolve()}" if kind in ("kaggle", "atom", "jsonl") else source
 
 
 def _execute(arguments: dict[str, Any], steps: Path, store: Path, log_file: Path) -> str | None:

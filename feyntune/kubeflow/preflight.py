@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from feyntune.artifacts.artifact import read_manifest
 from feyntune.artifacts.cache import DATA_VERSION, is_finished
-from feyntune.artifacts.names import expand
+from feyntune.artifacts.names import local_file, split_pin
 from feyntune.artifacts.store import open_store
 from feyntune.errors import UserError, VariantsFailed
 from feyntune.keys import variant_keys
@@ -61,7 +61,7 @@ def preflight(
     train = parse_config(recipe.get("train", {}))
     trainings = [training for name in names for training in seed_names(name, train.seed, train.seeds)]
     pinned = Pinned(trainings, pin_base(base), source_fingerprint(source))
-    log.info("base model %s, store %s: ready", pinned.base.rpartition("@")[0], store)
+    log.info("base model %s, store %s: ready", split_pin(pinned.base)[0], store)
     return pinned
 
 
@@ -156,7 +156,7 @@ def source_fingerprint(source: str) -> str:
     """
     kind, _, rest = source.partition(":")
     if kind in ("kaggle", "atom", "jsonl"):
-        path = expand(rest)
+        path = local_file(rest)
         if not path.is_file():
             raise UserError(f"Source {source}: there is no file {rest}.")
         stat = path.stat()

@@ -21,6 +21,7 @@ from feyntune.artifacts.artifact import (
     sha256_json,
     write_artifact,
 )
+from feyntune.artifacts.names import split_pin
 from feyntune.artifacts.store import Store, open_store, pull, push, stored_manifest
 from feyntune.errors import UserError
 from feyntune.telemetry import log
@@ -28,12 +29,6 @@ from feyntune.telemetry import log
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
 QUANTIZED = "-nf4"  # a quantized copy lies beside its original, under the original's name with this ending
-
-
-def split_pin(base: str) -> tuple[str, str | None]:
-    """`LOCATION@DIGEST` as (location, digest); digest is None where there is none."""
-    location, at, digest = base.rpartition("@")
-    return (location, digest) if at else (base, None)
 
 
 def pin_base(base: str) -> str:

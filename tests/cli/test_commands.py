@@ -69,7 +69,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 def _raising(error: Exception):  # type: ignore[no-untyped-def]
-    def app() -> None:
+    def app(arguments: list[str]) -> None:
         raise error
 
     return app
@@ -136,3 +136,15 @@ def test_the_result_of_a_run_fits_80_columns(tmp_path: Path) -> None:
     summary["variants"][name]["champion"] = False  # this run's version of it is not better than the one before
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert f"champion: {name} (of an earlier run)" in result_text(tmp_path, tmp_path).splitlines()
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    """Shells leave it there, and a folder named ~ would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["feyntune", "ingest", "synthetic:20", "--out=~/corpus"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None), capsys.readouterr().err
+    assert (tmp_path / "corpus/manifest.json").exists()
+    assert not (tmp_path / "~").exists()

@@ -1,8 +1,13 @@
 """Files as people have them: zips of other programs, JSON lines of other libraries, notices in every wording."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
+import os
 import struct
+import tarfile
 import zipfile
 
 import pyarrow.parquet as pq
@@ -42,7 +47,7 @@ def patched(flags: int, method: int) -> bytes:
         (patched(0, 98), "packed by PPMd"),
         (patched(1, 8), "protected by a password"),
         (zipped(**{"a.json": LINES, "b.json": LINES}), "must hold one"),
-        (zipped(**{"a.csv": b"x"}), "it holds: none"),
+        (zipped(**{"a.csv": b"x"}), "it holds: a.csv"),
     ],
     ids=["Deflate64", "PPMd", "password", "several", "none"],
 )
@@ -65,6 +70,64 @@ def test_a_folder_inside_and_files_beside_do_no_harm(tmp_path, members):
     (tmp_path / "a.zip").write_bytes(zipped(**members))
     ingest(f"kaggle:{tmp_path / 'a.zip'}", tmp_path / "c")
     assert pq.read_table(tmp_path / "c/papers.parquet").num_rows == 40
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, gzip.compress], ids=["bz2", "xz", "gz"])
+def test_every_usual_compression_is_unpacked(tmp_path, pack):
+    (tmp_path / "packed").write_bytes(pack(LINES[:300]) + pack(LINES[300:]))  # as parallel programs write it
+    ingest(f"kaggle:{tmp_path / 'packed'}", tmp_path / "c")
+    assert json.loads((tmp_path / "c/counts.json").read_text())["read"] == len(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"7z\xbc\xaf\x27\x1c....", "is a 7-Zip archive"),
+        (b"PAR1....", "is a Parquet file"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"id,title,abstract\n1,2,3\n", "begins with 'id,title,abstract"),
+        (gzip.compress(gzip.compress(LINES)), "is compressed twice"),
+        (json.dumps(RECORDS[0], indent=1).encode(), r"over several lines, .* `jq -c \.`"),
+        (LINES.decode().encode("utf-16-le"), "is UTF-16"),
+        (zipped(), "it holds: nothing"),
+        (zipped(**{f"{NAME}.gz": gzip.compress(LINES)}), rf"it holds: {NAME}\.gz"),
+        (LINES.replace(b"\n", b""), "more than one JSON object on the line"),
+        (LINES.replace(b"\n", b"\r"), "more than one JSON object on the line"),
+        (LINES.replace(b"\n", b",\n"), "more than one JSON object on the line"),
+        (b'{"title": "\xe9"}\n', "not UTF-8"),
+        (json.dumps({**RECORDS[0], "id": 704.1}).encode(), "an id that is a number, which has lost its zeros"),
+        (json.dumps({**RECORDS[0], "categories": "hep-th, cs.LG"}).encode(), "not words with spaces between"),
+        (json.dumps({**RECORDS[0], "categories": "['hep-th']"}).encode(), "not words with spaces between"),
+    ],
+)
+def test_what_is_no_snapshot_is_said_to_be_what_it_is(tmp_path, data, message):
+    (tmp_path / "file").write_bytes(data)
+    for categories in (None, ["hep-th"]):  # with categories most lines are never decoded
+        with pytest.raises(UserError, match=message):
+            ingest(f"kaggle:{tmp_path / 'file'}", tmp_path / "c", categories=categories)
+
+
+def test_a_tar_archive_is_said_to_be_one(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo(NAME)
+        member.size = len(LINES)
+        archive.addfile(member, io.BytesIO(LINES))
+    with pytest.raises(UserError, match="is a tar archive"):
+        ingest(f"kaggle:{tmp_path / 'a.tar.gz'}", tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", ["kaggle", "jsonl", "atom"])
+@pytest.mark.parametrize("where", ["https://example.org/a.json", "s3://bucket/a.json", "file:///a.json"])
+def test_an_address_in_place_of_a_file_is_one_sentence_and_leaves_nothing(tmp_path, kind, where):
+    with pytest.raises(UserError, match="is an address, and a file of this machine is needed"):
+        ingest(f"{kind}:{where}", tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a regular file"):
+        ingest(f"kaggle:{tmp_path / 'pipe'}", tmp_path / "c")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
@@ -123,6 +186,8 @@ def test_any_corpus_with_id_text_date_and_category(tmp_path):
         ({"id": "a", "date": "2024-01-02", "category": "x"}, "no text"),
         ({"id": "a", "text": "t", "date": "2024-01-02"}, "no category"),
         ({"id": "a", "text": "t", "date": "yesterday", "category": "x"}, "not a date"),
+        ({"id": "a", "text": "t", "date": 1577836800000, "category": "x"}, "a date that is a number"),
+        ({"id": "a", "text": "t", "date": "2020-01-31", "category": "Machine Learning"}, "a category that is not"),
         ({"id": "a b", "text": "t", "date": "2024-01-02", "category": "x"}, "not one word"),
         ({"id": "a", "text": "t", "date": "2024-01-02", "category": "a/b"}, "a category that is not"),
     ],
@@ -145,6 +210,10 @@ NOTICES = [
     "The author has withdrawn this paper",
     "This manuscript has been temporarily withdrawn",
     "[Withdrawn] see comments",
+    "We are withdrawing this paper because of an error in Lemma 2",
+    "This paper has been superseded by arXiv:1234.5678 and is withdrawn",
+    "The author withdraws this paper",
+    "This paper has been with- drawn by the author",
 ]
 PAPERS = [
     "We model how fast a drug is cleared after it was withdrawn from the market.",
@@ -155,6 +224,10 @@ PAPERS = [
     "Withdrawn from the grid, power falls.",
     "The space is retracted by the authors' algorithm.",
     "Of 500 drugs withdrawn by regulators, 30 were cardiotoxic.",
+    "We count manuscripts withdrawn by authors before a decision.",
+    "The claims were retracted by the authors of Ref. [3].",
+    "The background was removed by the first author with a mask.",
+    "In this letter we have withdrawn a fiber from a bath.",
 ]
 COMMENTS = {
     "Withdrawn by arXiv administrators because of disputed authorship": True,
@@ -163,6 +236,14 @@ COMMENTS = {
     "v2 replaces the withdrawn arXiv:2212.00001; 12 pages": False,
     "Replaces previously withdrawn arXiv:1; 3 figures": False,
     "v3: a claim of v2 is retracted": False,
+    "This paper has been withdrawn due to an error in Theorem 2": True,
+    "Withdrawn. Merged into arXiv:1234.5678": True,
+    "withdrawn from arXiv": True,
+    "an earlier version of this paper was withdrawn because of an error; this one is corrected": False,
+    "Section 5 withdrawn; other results unaffected": False,
+    "An erroneous statement in Sec. 2 was withdrawn": False,
+    "This paper has been withdrawn from consideration at PRL; expanded": False,
+    "withdrawn from PRL, submitted to PRD": False,
 }
 
 

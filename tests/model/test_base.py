@@ -27,6 +27,23 @@ def test_a_folder_is_pinned_by_its_content(model):
         pin_base(f"{model}@{digest}")
 
 
+@pytest.mark.parametrize("name", ["model@v2", "an @ inside/model", "a~#%41 b/ü@", "@"])
+def test_a_folder_whose_name_holds_an_at_sign_is_found_pinned_or_not(model, tmp_path, name):
+    folder = tmp_path / "x" / name
+    folder.parent.mkdir(parents=True)
+    model.rename(folder)
+    assert split_pin(str(folder)) == (str(folder), None)
+    pinned = pin_base(str(folder))
+    assert split_pin(pinned) == (str(folder), folder_digest(folder))
+    assert pin_base(pinned) == pinned
+    assert fetch_base(pinned) == str(folder)
+
+
+def test_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pin_base("~/model") == pin_base(str(model))
+
+
 def test_a_folder_without_a_tokenizer_is_named(model):
     with pytest.raises(UserError, match="has no tokenizer"):
         require_tokenizer(pin_base(str(model)))
