@@ -23,5 +23,8 @@ DEFAULT_SOURCE = "oai:https://oaipmh.arxiv.org/oai"
 DEFAULT_STORE = "s3://feyntune"
 DEFAULT_REGISTRY = "s3://feyntune/registry"
 
+# What a pod asks for with each GPU: cores, GiB.
+CPUS_PER_GPU, MEMORY_PER_GPU, MEMORY_LIMIT_PER_GPU = 6, 24, 64
+
 # Retries that a pipeline asks the cluster for; the last attempt reports a fault instead of asking for another.
 TRAIN_RETRIES, EVALUATE_RETRIES = 5, 2

@@ -23,8 +23,10 @@ def preflight(
     store: str,
     registry: str,
     serving: dict,
-) -> NamedTuple("Pinned", variants=list[str], base=str, fingerprint=str):  # type: ignore[misc,valid-type]
-    """Check all parameters before anything starts; pin the base model and the source."""
+) -> NamedTuple(  # type: ignore[misc,valid-type]
+    "Pinned", variants=list[str], base=str, fingerprint=str, gpus=str, cpus=str, memory=str, memory_limit=str
+):
+    """Check all parameters before anything starts; pin base model and source; size the training pods."""
     from feyntune.kubeflow.preflight import preflight
     from feyntune.telemetry import one_sentence
 

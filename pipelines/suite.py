@@ -25,6 +25,7 @@ from components.register.component import register
 from components.split.component import split
 from components.train.component import train
 from feyntune.constants import (
+    CPUS_PER_GPU,
     DEFAULT_BASE,
     DEFAULT_REGISTRY,
     DEFAULT_SOURCE,
@@ -32,6 +33,8 @@ from feyntune.constants import (
     EVALUATE_RETRIES,
     HUB_SECRET,
     IMAGE_USER,
+    MEMORY_LIMIT_PER_GPU,
+    MEMORY_PER_GPU,
     S3_SECRET,
     TRAIN_RETRIES,
 )
@@ -39,15 +42,13 @@ from feyntune.variants import load_variants
 from pipelines.glue import check_cache, fail_if_any_failed, preflight
 
 VARIANTS = load_variants().names()
-SUITE_GPUS, VARIANT_GPUS = 1, 3  # of one training pod: many variants pack best on one each, a single one uses all
-CPUS_PER_GPU, MEMORY_PER_GPU = 6, 24  # cores, GiB
+SUITE_GPUS, VARIANT_GPUS = 1, 3  # defaults of `devices`: many variants pack best on one each, a single one uses all
 CATEGORIES = ["hep-th", "hep-ph", "gr-qc", "q-bio", "cs"]  # what the ten mixtures draw from
 PAPER_CUT_OFF = "2024-08-22"  # the Kaggle snapshot FeynTune was trained on
 RETRY_FOR = "1209600s"  # two weeks: Kubeflow's default ends retries one hour after the first attempt began
 
 
 def _steps(
-    gpus: int,
     papers: dict[str, Any],
     variants: Any,
     variant: Any,
@@ -58,7 +59,7 @@ def _steps(
     registry: Any,
     serving: Any,
 ) -> None:
-    """The tasks of either pipeline. What is no number of GPUs is a pipeline parameter or a constant.
+    """The tasks of either pipeline. Arguments are pipeline parameters or constants.
 
     `papers` are the parameters of what is read and how it is split, by name.
     """
@@ -73,7 +74,7 @@ def _steps(
         registry=registry,
         serving=serving,
     )
-    _cpu_step(checked, hub=True).set_caching_options(False).set_env_variable("FEYNTUNE_POD_GPUS", str(gpus))
+    _cpu_step(checked, hub=True).set_caching_options(False)
     pinned = checked.outputs
 
     read = {n: papers[n] for n in ("source", "until", "categories", "max_bad", "converted_text")}
@@ -90,7 +91,7 @@ def _steps(
 
     pending = check_cache(data=data, variants=pinned["variants"], base=pinned["base"], recipe=recipe, store=store)
     _cpu_step(pending).set_caching_options(False)
-    scored = TRAIN_AND_SCORE[gpus](
+    scored = train_and_score(
         data=data,
         unscored=pending.outputs["base"],
         unfinished=pending.outputs["variants"],
@@ -98,6 +99,7 @@ def _steps(
         recipe=recipe,
         devices=devices,
         store=store,
+        **{name: pinned[name] for name in ("gpus", "cpus", "memory", "memory_limit")},
     )
 
     compared = compare(
@@ -118,40 +120,6 @@ def _steps(
     _cpu_step(ended).set_caching_options(False)
 
 
-def _train_and_score(gpus: int) -> Any:
-    """The nested pipeline with the two loops.
-
-    Nested, since the local runner of the SDK (2.17) puts the loop's item in the place of every output of another task
-    that a loop takes; here `base` is an input of the pipeline.
-    """
-
-    @dsl.pipeline(name="train-and-score")
-    def train_and_score(
-        data: dsl.Input[dsl.Dataset],
-        unscored: List[str],  # noqa: UP006
-        unfinished: List[str],  # noqa: UP006
-        base: str,
-        recipe: dict,
-        devices: int,
-        store: str,
-    ):
-        with dsl.ParallelFor(unscored, name="score the base") as name:
-            scored = evaluate_base(data=data, variant=name, base=base, recipe=recipe, store=store)
-            _gpu_step(scored, 1).set_caching_options(False)
-            scored.set_retry(EVALUATE_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
-        with dsl.ParallelFor(unfinished, name="each variant") as name:
-            trained = train(data=data, variant=name, base=base, recipe=recipe, devices=devices, store=store)
-            # An interrupted training resumes from its newest checkpoint in the store.
-            _gpu_step(trained, gpus).set_caching_options(False)
-            trained.set_retry(TRAIN_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
-            adapter = trained.outputs["adapter"]
-            measured = evaluate(data=data, adapter=adapter, variant=name, base=base, recipe=recipe, store=store)
-            _gpu_step(measured, 1).set_caching_options(False)
-            measured.set_retry(EVALUATE_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
-
-    return train_and_score
-
-
 def _cpu_step(task: dsl.PipelineTask, memory: str = "4Gi", hub: bool = False) -> dsl.PipelineTask:
     """Keys from Secrets, a numeric user, and modest resources."""
     kubernetes.use_secret_as_env(
@@ -167,19 +135,53 @@ def _cpu_step(task: dsl.PipelineTask, memory: str = "4Gi", hub: bool = False) ->
     return task.set_cpu_request("1").set_memory_request("1Gi").set_memory_limit(memory)
 
 
-def _gpu_step(task: dsl.PipelineTask, gpus: int) -> dsl.PipelineTask:
-    """A step on the A100 pool. `feyntune.kubeflow.adapt` scales its resources with the number of GPUs."""
-    _cpu_step(task, memory=f"{64 * gpus}Gi", hub=True)
-    task.set_cpu_request(str(CPUS_PER_GPU * gpus)).set_memory_request(f"{MEMORY_PER_GPU * gpus}Gi")
+def _gpu_step(task: dsl.PipelineTask, gpus: Any = None) -> dsl.PipelineTask:
+    """A step on the A100 pool, with one GPU or a number that the run decides (a text)."""
+    _cpu_step(task, memory=f"{MEMORY_LIMIT_PER_GPU}Gi", hub=True)
+    task.set_cpu_request(str(CPUS_PER_GPU)).set_memory_request(f"{MEMORY_PER_GPU}Gi")
     kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="16Gi")
-    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
+    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1 if gpus is None else gpus)
     kubernetes.add_node_selector(task, "cloud.google.com/gke-accelerator", "nvidia-tesla-a100")
     kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
     return task
 
 
-# Made here: a pipeline cannot be defined while another one is being built.
-TRAIN_AND_SCORE = {gpus: _train_and_score(gpus) for gpus in (SUITE_GPUS, VARIANT_GPUS)}
+@dsl.pipeline(name="train-and-score")
+def train_and_score(
+    data: dsl.Input[dsl.Dataset],
+    unscored: List[str],  # noqa: UP006
+    unfinished: List[str],  # noqa: UP006
+    base: str,
+    recipe: dict,
+    devices: int,
+    store: str,
+    gpus: str,
+    cpus: str,
+    memory: str,
+    memory_limit: str,
+):
+    """The two loops, which take the resources of a training pod from `preflight`.
+
+    Nested, since the local runner of the SDK (2.17) puts the loop's item in the place of every output of another task
+    that a loop takes; here `base` is an input of the pipeline. The resources are texts, since Kubeflow's driver
+    resolves no other type in a pod's resources: a number it reads as "", which is a pod without GPUs
+    (backend/src/v2/driver, resolvePodSpecInputRuntimeParameter, since Kubeflow Pipelines 2.5).
+    """
+    with dsl.ParallelFor(unscored, name="score the base") as name:
+        scored = evaluate_base(data=data, variant=name, base=base, recipe=recipe, store=store)
+        _gpu_step(scored).set_caching_options(False)
+        scored.set_retry(EVALUATE_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+    with dsl.ParallelFor(unfinished, name="each variant") as name:
+        trained = train(data=data, variant=name, base=base, recipe=recipe, devices=devices, store=store)
+        # An interrupted training resumes from its newest checkpoint in the store.
+        _gpu_step(trained, gpus).set_caching_options(False)
+        trained.set_cpu_request(cpus).set_memory_request(memory).set_memory_limit(memory_limit)
+        trained.register_pipeline_channels([gpus, cpus, memory, memory_limit])  # else the loop does not pass them on
+        trained.set_retry(TRAIN_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
+        adapter = trained.outputs["adapter"]
+        measured = evaluate(data=data, adapter=adapter, variant=name, base=base, recipe=recipe, store=store)
+        _gpu_step(measured).set_caching_options(False)
+        measured.set_retry(EVALUATE_RETRIES, backoff_duration="30s", backoff_max_duration=RETRY_FOR)
 
 
 @dsl.pipeline(
@@ -204,7 +206,7 @@ def suite(
 ):
     papers: dict[str, Any] = {"source": source, "until": until, "categories": categories, "after": after}
     papers |= {"max_bad": max_bad, "converted_text": converted_text, "mixtures": mixtures}
-    _steps(SUITE_GPUS, papers, variants, "", base, recipe, devices, store, registry, serving)
+    _steps(papers, variants, "", base, recipe, devices, store, registry, serving)
 
 
 @dsl.pipeline(
@@ -228,4 +230,4 @@ def variant(
 ):
     papers: dict[str, Any] = {"source": source, "until": until, "categories": categories, "after": after}
     papers |= {"max_bad": max_bad, "converted_text": converted_text, "mixtures": []}
-    _steps(VARIANT_GPUS, papers, [], variant, base, recipe, devices, store, registry, serving)
+    _steps(papers, [], variant, base, recipe, devices, store, registry, serving)

@@ -1,13 +1,12 @@
 """What a compiled pipeline takes on in one cluster: its images, its GPU pool, its queue, and the form's defaults."""
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from feyntune.constants import CA_FOLDER, HUB_SECRET, S3_SECRET
+from feyntune.constants import CA_FOLDER, HUB_SECRET, MEMORY_LIMIT_PER_GPU, S3_SECRET
 from feyntune.errors import UserError
 
 CACHE = "/var/cache/feyntune"
@@ -21,8 +20,8 @@ class Settings(BaseModel):
         images: prefix of the images, such as `registry.example/team`.
         tag: of the images.
         defaults: of the pipelines' parameters, by name; those a pipeline does not have are left out.
-        gpus: that a training pod asks for, and the default of `devices`; 0 for a cluster without GPUs. As compiled,
-            `suite` asks for one GPU a variant and `variant` for three.
+        gpus: default of `devices`, the GPUs that a training pod asks for; 0 for a cluster without GPUs. As compiled,
+            1 in `suite` and 3 in `variant`.
         cpusPerGpu, memoryPerGpu: what a pod requests for each of its GPUs, in cores and GiB; lower them for nodes that
             have less (as compiled: 6 and 24).
         parallelism: how many variants of a suite run at the same time; all of them when 0.
@@ -85,12 +84,14 @@ def adapt(text: str, settings: Settings) -> str:
     """
     spec, platform = yaml.safe_load_all(text)
     steps = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    pod_gpus = settings.gpus if settings.gpus is not None else settings.defaults.get("devices")
     for name, executor in spec["deploymentSpec"]["executors"].items():
         container, step = executor["container"], steps.setdefault(name, {})
         container["image"] = _image(container["image"], settings)
         gpus = "accelerator" in container.get("resources", {})
         env = dict(settings.env)
+        if name == "exec-preflight":
+            per_gpu = {"FEYNTUNE_CPUS_PER_GPU": settings.cpusPerGpu, "FEYNTUNE_MEMORY_PER_GPU": settings.memoryPerGpu}
+            env |= {variable: f"{amount:g}" for variable, amount in per_gpu.items() if amount is not None}
         if gpus and settings.cacheClaim:
             mount = {"constant": settings.cacheClaim, "mountPath": CACHE}
             step["pvcMount"] = [{**mount, "pvcNameParameter": {"runtimeValue": {"constant": settings.cacheClaim}}}]
@@ -108,12 +109,8 @@ def adapt(text: str, settings: Settings) -> str:
             step["imagePullSecret"] = [{"secretName": s} for s in settings.pullSecrets]
         if gpus:
             _pool(step, settings)
-            if pod_gpus and name == "exec-train":
-                _scale(container["resources"], int(pod_gpus))
-            _request_per_gpu(container["resources"], settings)
-        if name == "exec-preflight" and pod_gpus is not None:
-            container["env"] = [*container["env"], {"name": "FEYNTUNE_POD_GPUS", "value": str(pod_gpus)}]
-            container["env"] = [*{e["name"]: e for e in container["env"]}.values()]
+            if name != "exec-train":  # whose resources are outputs of preflight
+                _request_for_one_gpu(container["resources"], settings)
     if settings.parallelism:
         for component in spec["components"].values():
             for task in component.get("dag", {}).get("tasks", {}).values():
@@ -164,12 +161,12 @@ def _pool(step: dict[str, Any], settings: Settings) -> None:
         labels["kueue.x-k8s.io/queue-name"] = settings.queue
 
 
-def _request_per_gpu(resources: dict[str, Any], settings: Settings) -> None:
-    count = int(resources["accelerator"]["resourceCount"])
+def _request_for_one_gpu(resources: dict[str, Any], settings: Settings) -> None:
     if settings.cpusPerGpu is not None:
-        _set_cpus(resources, settings.cpusPerGpu * count)
+        _set_cpus(resources, settings.cpusPerGpu)
     if settings.memoryPerGpu is not None:
-        _set_memory(resources, "Request", settings.memoryPerGpu * count)
+        _set_memory(resources, "Request", settings.memoryPerGpu)
+        _set_memory(resources, "Limit", max(settings.memoryPerGpu, MEMORY_LIMIT_PER_GPU))
 
 
 def _set_cpus(resources: dict[str, Any], cores: float) -> None:
@@ -183,18 +180,6 @@ def _set_memory(resources: dict[str, Any], what: Literal["Request", "Limit"], gi
     resources[f"resourceMemory{what}"] = f"{gib}Gi"
     if f"memory{what}" in resources:
         resources[f"memory{what}"] = gib * 2**30 / 1e9  # gigabytes
-
-
-def _scale(resources: dict[str, Any], gpus: int) -> None:
-    """The compiled resources are whole multiples of what one GPU needs."""
-    compiled = int(resources["accelerator"]["resourceCount"])
-    resources["accelerator"] |= {"count": str(gpus), "resourceCount": str(gpus)}
-    for key in ("resourceCpuRequest", "resourceMemoryRequest", "resourceMemoryLimit"):
-        amount, unit = re.fullmatch(r"(\d+)(\D*)", resources[key]).groups()  # type: ignore[union-attr]
-        resources[key] = f"{int(amount) // compiled * gpus}{unit}"
-    for key in ("cpuRequest", "memoryRequest", "memoryLimit"):
-        if key in resources:
-            resources[key] = resources[key] / compiled * gpus
 
 
 def _without_gpus(resources: dict[str, Any], step: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from feyntune.artifacts.artifact import read_manifest
 from feyntune.artifacts.cache import DATA_VERSION, is_finished
 from feyntune.artifacts.names import local_file, split_pin
 from feyntune.artifacts.store import open_store
+from feyntune.constants import CPUS_PER_GPU, MEMORY_LIMIT_PER_GPU, MEMORY_PER_GPU
 from feyntune.errors import UserError, VariantsFailed
 from feyntune.keys import variant_keys
 from feyntune.model.base import pin_base
@@ -27,6 +28,10 @@ class Pinned(NamedTuple):
     variants: list[str]  # full names, in the order of variants.yaml; with several seeds one for each training
     base: str  # LOCATION@DIGEST
     fingerprint: str  # changes when the source or the code that reads it does
+    gpus: str  # what a training pod asks for, as Kubernetes writes it: Kubeflow takes only texts for it
+    cpus: str
+    memory: str
+    memory_limit: str
 
 
 def preflight(
@@ -60,7 +65,7 @@ def preflight(
         writable(address)
     train = parse_config(recipe.get("train", {}))
     trainings = [training for name in names for training in seed_names(name, train.seed, train.seeds)]
-    pinned = Pinned(trainings, pin_base(base), source_fingerprint(source))
+    pinned = Pinned(trainings, pin_base(base), source_fingerprint(source), *pod_resources(devices))
     log.info("base model %s, store %s: ready", split_pin(pinned.base)[0], store)
     return pinned
 
@@ -88,12 +93,6 @@ def check_input(
     from feyntune.ingestion.fields import CategoryFilter, parse_day
 
     names = choose_variants(variants, mixtures)
-    gpus = int(os.environ.get("FEYNTUNE_POD_GPUS", "0"))
-    if 0 < gpus < devices:
-        raise UserError(
-            f"devices is {devices}, but a training pod of this pipeline has {gpus} GPU{'s' if gpus > 1 else ''}: lower "
-            "devices, or upload the pipelines with another `gpus` in their settings (chart: kubeflow.devices)."
-        )
     _, evaluate = check_recipe(recipe, devices=devices)
     for name, day in (days or {}).items():
         parse_day(name, day or None)
@@ -118,6 +117,14 @@ def check_input(
 
         serving_of_run(serving, base, registry)
     return names
+
+
+def pod_resources(gpus: int) -> tuple[str, str, str, str]:
+    """GPUs, cores, requested memory and its limit of a training pod; `adapt` writes a cluster's own share of a GPU."""
+    cpus = float(os.environ.get("FEYNTUNE_CPUS_PER_GPU", CPUS_PER_GPU))
+    memory = int(os.environ.get("FEYNTUNE_MEMORY_PER_GPU", MEMORY_PER_GPU))
+    limit = max(memory, MEMORY_LIMIT_PER_GPU)
+    return str(gpus), f"{cpus * gpus:g}", f"{memory * gpus}Gi", f"{limit * gpus}Gi"
 
 
 def choose_variants(variants: list[str], mixtures: list[dict[str, Any]] | None = None) -> list[str]:

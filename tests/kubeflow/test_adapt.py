@@ -12,6 +12,7 @@ from feyntune.artifacts.store import open_store
 from feyntune.errors import UserError
 from feyntune.kubeflow import chart_jobs as cluster
 from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, read_settings
+from feyntune.kubeflow.preflight import pod_resources
 
 SUITE = (COMPILED / "suite.yaml").read_text()
 
@@ -83,17 +84,14 @@ def test_defaults_variables_and_logins_are_those_of_the_settings():
         assert steps[name]["imagePullSecret"] == [{"secretName": "login"}]
 
 
-def test_a_training_asks_for_the_gpus_of_the_settings_and_no_other_step_does():
+def test_a_training_asks_for_as_many_gpus_as_the_run_says_and_the_settings_give_the_default():
     text = adapt(SUITE, Settings(gpus=2))
     made, _ = executors(text)
     asked = {n: e["container"]["resources"].get("accelerator", {}).get("resourceCount") for n, e in made.items()}
-    assert {n for n, count in asked.items() if count == "2"} == {"exec-train"}
     assert {n for n, count in asked.items() if count == "1"} == {"exec-evaluate", "exec-evaluate-base"}
-    assert made["exec-train"]["container"]["resources"]["resourceCpuRequest"] == "12"
+    assert asked["exec-train"] == "{{$.inputs.parameters['pipelinechannel--gpus']}}"
     spec = next(iter(yaml.safe_load_all(text)))
     assert spec["root"]["inputDefinitions"]["parameters"]["devices"]["defaultValue"] == 2
-    env = {e["name"]: e["value"] for e in made["exec-preflight"]["container"]["env"]}
-    assert env["FEYNTUNE_POD_GPUS"] == "2"
 
 
 def test_a_limit_on_how_many_variants_run_at_once_is_one_of_both_loops():
@@ -148,12 +146,17 @@ def test_an_address_that_nobody_answers_is_said_in_one_sentence():
             check("http://127.0.0.1:9")
 
 
-def test_a_pod_requests_cpus_and_memory_by_its_gpus():
-    made, _ = executors(adapt(SUITE, Settings(gpus=2, cpusPerGpu=4.5, memoryPerGpu=10)))
-    resources = made["exec-train"]["container"]["resources"]
-    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("9", "20Gi")
+@pytest.mark.parametrize(
+    ("memory", "one", "two"), [(10, ("10Gi", "64Gi"), ("20Gi", "128Gi")), (80, ("80Gi", "80Gi"), ("160Gi", "160Gi"))]
+)
+def test_a_pod_requests_cpus_and_memory_by_its_gpus(monkeypatch, memory, one, two):
+    made, _ = executors(adapt(SUITE, Settings(cpusPerGpu=4.5, memoryPerGpu=memory)))
     resources = made["exec-evaluate"]["container"]["resources"]
-    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("4.5", "10Gi")
+    assert resources["resourceCpuRequest"] == "4.5"
+    assert (resources["resourceMemoryRequest"], resources["resourceMemoryLimit"]) == one
+    for variable in made["exec-preflight"]["container"]["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    assert pod_resources(2) == ("2", "9", *two)
 
 
 class _Answers(BaseHTTPRequestHandler):

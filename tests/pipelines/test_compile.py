@@ -84,8 +84,8 @@ def test_training_pods_ask_for_gpus_of_the_a100_pool_and_what_feeds_them(name: s
     spec, platform = _load(name)
     resources, pod = _executors(spec)["exec-train"]["resources"], platform["exec-train"]
     assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
-    assert resources["accelerator"]["resourceCount"] == str(gpus)
-    assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == (f"{6 * gpus}", f"{24 * gpus}Gi")
+    evaluated = _executors(spec)["exec-evaluate"]["resources"]
+    assert (evaluated["resourceCpuRequest"], evaluated["resourceMemoryRequest"]) == ("6", "24Gi")
     assert spec["root"]["inputDefinitions"]["parameters"]["devices"]["defaultValue"] == gpus
     assert pod["nodeSelector"]["labels"] == {"cloud.google.com/gke-accelerator": "nvidia-tesla-a100"}
     assert pod["tolerations"][0]["key"] == "nvidia.com/gpu"
@@ -94,12 +94,38 @@ def test_training_pods_ask_for_gpus_of_the_a100_pool_and_what_feeds_them(name: s
 
 
 @BOTH
+def test_what_a_training_pod_asks_for_reaches_it_from_preflight_as_texts(name: str) -> None:
+    """A level that does not pass a parameter on ends the run; a number would be a pod without GPUs."""
+    spec, _ = _load(name)
+    resources, components = _executors(spec)["exec-train"]["resources"], spec["components"]
+    asked = {
+        "gpus": resources["accelerator"]["resourceCount"],
+        "cpus": resources["resourceCpuRequest"],
+        "memory": resources["resourceMemoryRequest"],
+        "memory_limit": resources["resourceMemoryLimit"],
+    }
+    tasks = _tasks(spec)
+    for parameter, placeholder in asked.items():
+        channel = f"pipelinechannel--{parameter}"
+        assert placeholder == f"{{{{$.inputs.parameters['{channel}']}}}}"
+        loop = next(t for t in tasks.values() if t["taskInfo"]["name"] == "each variant")
+        assert tasks["train"]["inputs"]["parameters"][channel] == {"componentInputParameter": channel}
+        assert loop["inputs"]["parameters"][channel] == {"componentInputParameter": parameter}
+        source = tasks["train-and-score"]["inputs"]["parameters"][parameter]["taskOutputParameter"]
+        assert source == {"outputParameterKey": parameter, "producerTask": "preflight"}
+        assert components["comp-preflight"]["outputDefinitions"]["parameters"][parameter]["parameterType"] == "STRING"
+        for level, given in (("comp-train-and-score", parameter), (loop["componentRef"]["name"], channel)):
+            assert components[level]["inputDefinitions"]["parameters"][given]["parameterType"] == "STRING"
+
+
+@BOTH
 def test_adapted_to_a_cluster_without_gpus_no_step_asks_for_one(name: str) -> None:
     text = adapt((COMPILED / f"{name}.yaml").read_text(), Settings(gpus=0))
     assert "nvidia" not in text
     spec, _ = _parse(text)
     assert spec["root"]["inputDefinitions"]["parameters"]["devices"]["defaultValue"] == 1
-    assert _executors(spec)["exec-train"]["resources"]["resourceCpuRequest"] == "1"
+    resources = _executors(spec)["exec-train"]["resources"]
+    assert (resources["resourceCpuRequest"], resources["resourceMemoryLimit"]) == ("1", "8Gi")
 
 
 @BOTH
