@@ -1,10 +1,12 @@
 """A compiled pipeline on a cluster without Kubeflow: walks the YAML, starts each step as the pod the YAML asks for.
 
 What Kubeflow's controllers add is left out (cache, metadata, parallel tasks); what the YAML says is kept: image,
-command, environment, Secrets, resources, node selector, tolerations, volumes, user, retries, conditions and loops.
+command, environment, Secrets, node selector, tolerations, volumes, user, conditions, loops, resources (parameters of
+the run included), and retries by Argo's rules (retries.py).
 """
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from feyntune.artifacts.store import Store
+from tests.cluster.retries import FITTING, Attempt, deadline, next_start, strategy_of
 
 LAUNCHER = Path(__file__).parent / "launcher.py"
 
@@ -32,6 +35,7 @@ class Driver:
         store: the bucket, as seen from here; artifacts go under `runs/ID/`.
         tolerate: taints that the steps without GPUs tolerate, for a cluster whose only node has GPUs.
         started: called with the task's name and its pod's when a pod runs.
+        retry: the default retry strategy of the cluster's workflow controller.
     """
 
     def __init__(
@@ -41,9 +45,11 @@ class Driver:
         store: Store,
         tolerate: list[dict[str, str]],
         started: Callable[[str, str], None] | None = None,
+        retry: dict[str, Any] = FITTING,
     ):
         self.spec, self.platform = yaml.safe_load_all(text)
         self.namespace, self.store, self.tolerate, self.started = namespace, store, tolerate, started
+        self.retry = retry
         self.id = f"run-{secrets.token_hex(3)}"
         self.core = client.CoreV1Api()
         self.pods: dict[str, list[client.V1Pod]] = {}  # task -> its pods as they were created, retries included
@@ -124,29 +130,47 @@ class Driver:
         }
         executor = component["executorLabel"]
         container = self.spec["deploymentSpec"]["executors"][executor]["container"]
+        container = {**container, "resources": resolved(container.get("resources", {}), inputs["parameters"])}
         given = json.dumps(executor_input)
         command = [part.replace("{{$}}", given) for part in [*container["command"], *container["args"]]]
         job = {"executor_input": executor_input, "command": command, "result": f"{bucket}/{place}/result.json"}
         extra = self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].get(executor, {})
         if "accelerator" not in container.get("resources", {}):
             extra = {**extra, "tolerations": self.tolerate}
-        for attempt in range(task.get("retryPolicy", {}).get("maxRetryCount", 0) + 1):
+        strategy, attempts = strategy_of(task, self.retry), list[Attempt]()
+        while True:
             name = f"{self.id}-{executor.removeprefix('exec-')}-{secrets.token_hex(2)}"
-            code = self._pod(where, name, container, extra, job)
-            if code == 0:
+            begun, until = time.monotonic(), deadline(strategy, attempts)
+            phase, how = self._pod(where, name, container, extra, job, until - begun)
+            if phase == "Succeeded":
                 break
-            print(f"{where}: attempt {attempt + 1} ended with {code}\n{self.logs[where][-3000:]}", flush=True)
-        else:
-            raise StepFailed(f"{where} ended with {code}:\n{self.logs[where][-3000:]}")
+            attempts.append(Attempt(begun, time.monotonic(), phase))
+            message = f"{where}: attempt {len(attempts)} {how}\n{self.logs[where][-3000:]}"
+            start, why = next_start(strategy, attempts)
+            if why:
+                raise StepFailed(f"{message}\n{why}")
+            print(message, flush=True)
+            time.sleep(max(0.0, start - time.monotonic()))
         result = json.loads(self.store.get(f"{place}/result.json"))
         return {"parameters": result.get("parameterValues", {}), "artifacts": made}
 
-    def _pod(self, where: str, name: str, container: dict[str, Any], extra: dict[str, Any], job: dict[str, Any]) -> int:
-        """Run one pod; its exit code. Raises StepFailed when it is deleted."""
+    def _pod(
+        self,
+        where: str,
+        name: str,
+        container: dict[str, Any],
+        extra: dict[str, Any],
+        job: dict[str, Any],
+        seconds: float,
+    ) -> tuple[str, str]:
+        """Run one pod, for `seconds` at most; Argo's phase of it and how it ended."""
         data = {"task.json": json.dumps(job), "launcher.py": LAUNCHER.read_text()}
         meta = client.V1ObjectMeta(name=name)
         self.core.create_namespaced_config_map(self.namespace, client.V1ConfigMap(metadata=meta, data=data))
-        pod = self.core.create_namespaced_pod(self.namespace, pod_of(name, container, extra))
+        body = pod_of(name, container, extra)
+        if seconds < float("inf"):
+            body["spec"]["activeDeadlineSeconds"] = max(1, int(seconds))
+        pod = self.core.create_namespaced_pod(self.namespace, body)
         self.pods.setdefault(where, []).append(pod)
         reported = False
         deadline = time.monotonic() + 900
@@ -154,16 +178,22 @@ class Driver:
             try:
                 pod = self.core.read_namespaced_pod(name, self.namespace)
             except ApiException as e:
-                raise StepFailed(f"{where}: its pod was deleted ({e.reason})") from e
+                if e.status != 404:
+                    raise
+                self.logs[where] = "(the log went with its pod)"
+                return "Error", "ended: its pod was deleted"
             if pod.status.phase == "Running" and not reported and self.started:
                 reported = True
                 self.started(where, name)
             if pod.status.phase in ("Succeeded", "Failed"):
                 self.logs[where] = self._log(pod)
                 if pod.metadata.deletion_timestamp:
-                    raise StepFailed(f"{where}: its pod was deleted:\n{self.logs[where][-2000:]}")
-                ended = pod.status.container_statuses[0].state.terminated
-                return int(ended.exit_code)
+                    return "Error", "ended: its pod was deleted"
+                if pod.status.phase == "Succeeded":
+                    return "Succeeded", ""
+                ended = (pod.status.container_statuses or [None])[0]  # an evicted pod has none
+                code = ended.state.terminated.exit_code if ended and ended.state.terminated else pod.status.reason
+                return "Failed", f"ended with {code}"
             time.sleep(0.5)
         events = self.core.list_namespaced_event(self.namespace, field_selector=f"involvedObject.name={name}").items
         raise StepFailed(f"{where}: pod {name} did not end: {[e.message for e in events]}")
@@ -192,7 +222,7 @@ def pod_of(name: str, container: dict[str, Any], extra: dict[str, Any]) -> dict[
             value = asked.get(f"resource{kind.title()}{bound.title()}")
             if value:
                 resources[f"{bound}s"][kind] = value
-    if "accelerator" in asked:
+    if asked.get("accelerator", {}).get("resourceCount"):
         resources["limits"][asked["accelerator"]["resourceType"]] = asked["accelerator"]["resourceCount"]
     volumes: list[dict[str, Any]] = [
         {"name": "driver", "configMap": {"name": name}},
@@ -236,6 +266,20 @@ def pod_of(name: str, container: dict[str, Any], extra: dict[str, Any]) -> dict[
             "volumes": volumes,
         },
     }
+
+
+def resolved(asked: Any, parameters: dict[str, Any]) -> Any:
+    """A pod's resources with the run's parameters in them, as Kubeflow's driver resolves them.
+
+    It takes texts only: a number becomes "" there, with which a pod gets no GPUs and memory cannot be read.
+    """
+    if isinstance(asked, dict):
+        return {name: resolved(value, parameters) for name, value in asked.items()}
+    placeholder = re.fullmatch(r"\{\{\$\.inputs\.parameters\['(.+?)'\]\}\}", asked) if isinstance(asked, str) else None
+    if placeholder is None:
+        return asked
+    value = parameters[placeholder[1]]
+    return value if isinstance(value, str) else ""
 
 
 def _holds(condition: str, parameters: dict[str, Any]) -> bool:
