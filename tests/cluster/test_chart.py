@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import re
+import shutil
 from typing import Any
 
 import helm_python
@@ -561,6 +562,31 @@ def test_the_notes_tell_the_next_commands_and_what_is_off(values, apis, says):
         made = chart.render({**values, "assumeAPIs": apis}, name="feyntune", namespace="feyntune", is_install=True)
     notes = next(text for name, text in made.items() if name.endswith("NOTES.txt"))
     assert not [words for words in says if words not in notes], notes
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"workflowDefaults": "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"}, True),
+        ({"workflowDefaults": "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: Always}}}"}, True),
+        ({"workflowDefaults": "spec: {ttlStrategy: {secondsAfterCompletion: 1}}"}, True),
+        ({}, True),
+        ({"workflowDefaults": "spec: {templateDefaults: {retryStrategy: {limit: '0', retryPolicy: Always}}}"}, False),
+        (None, False),  # no controller there, or none to ask
+    ],
+)
+def test_the_notes_tell_a_workflow_controller_that_does_not_retry_steps(data, told, tmp_path):
+    """Helm looks it up in the cluster; here the answer stands in a copy of the chart."""
+    answer = {} if data is None else {"metadata": {"namespace": "kubeflow"}, "data": data}
+    copy = shutil.copytree(CHART, tmp_path / "feyntune")
+    notes = (copy / "templates" / "NOTES.txt").read_text()
+    asked = 'lookup "v1" "ConfigMap" .Values.kubeflow.namespace "workflow-controller-configmap"'
+    assert notes.count(asked) == 1
+    (copy / "templates" / "NOTES.txt").write_text(notes.replace(asked, f"`{json.dumps(answer)}` | fromJson"))
+    with helm_python.Chart.load(copy) as chart:
+        made = chart.render({"assumeAPIs": APIS}, name="feyntune", namespace="feyntune", is_install=True)
+    text = next(text for name, text in made.items() if name.endswith("NOTES.txt"))
+    assert ("kubectl -n kubeflow edit configmap workflow-controller-configmap" in text) == told
 
 
 def test_without_the_prometheus_operator_monitoring_is_left_out():
