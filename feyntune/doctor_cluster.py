@@ -1,22 +1,29 @@
 """What an installation needs of its cluster, read with the reader's own kubeconfig; nothing is changed."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import urllib3
 import yaml
 
 from feyntune.doctor import Check
+from feyntune.errors import UserError
 
 Object = dict[str, Any]
 _S3_KEYS = {"S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}
 _README = "see manifests/prerequisites/README.md"
 
 
-def check_cluster(release: str, namespace: str, runs: str, client: Any) -> Iterator[Check]:
+def check_cluster(release: str, namespace: str, runs: str, client: Any, kubeflow: str = "kubeflow") -> Iterator[Check]:
     """Check the cluster of `client` (a `kubernetes.client.ApiClient`) for a release.
 
     Args:
-        namespace, runs: of the release and of its runs. What the reader may not read is reported as such.
+        namespace, runs, kubeflow: of the release, of its runs, and of Kubeflow Pipelines with its workflow controller.
+            What the reader may not read is reported as such.
+
+    Raises:
+        UserError: the cluster does not answer.
     """
 
     def read(what: str, path: str) -> tuple[Object | None, Check | None]:
@@ -31,10 +38,18 @@ def check_cluster(release: str, namespace: str, runs: str, client: Any) -> Itera
             if e.status == 404:
                 return None, None
             return None, Check(what, "optional", f"{what}: not checked, the cluster answers {e.status} {e.reason}.")
+        except (urllib3.exceptions.HTTPError, OSError) as e:
+            host = client.configuration.host
+            raise UserError(f"The cluster at {host} does not answer ({type(e).__name__}): check KUBECONFIG.") from e
 
     checks = [
         ("Kubernetes", "/version", check_version),
-        ("retry policy", f"/api/v1/namespaces/{runs}/configmaps/workflow-controller-configmap", check_retry_policy),
+        ("Kubeflow Pipelines", f"/apis/apps/v1/namespaces/{kubeflow}/deployments/ml-pipeline", check_kubeflow),
+        (
+            "retry policy",
+            f"/api/v1/namespaces/{kubeflow}/configmaps/workflow-controller-configmap",
+            check_retry_policy,
+        ),
         ("Pod Security", f"/api/v1/namespaces/{namespace}", check_pod_security),
         ("GPUs", "/api/v1/nodes", check_gpus),
         ("storage class", "/apis/storage.k8s.io/v1/storageclasses", check_storage_class),
@@ -52,6 +67,11 @@ def check_cluster(release: str, namespace: str, runs: str, client: Any) -> Itera
             "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/inferenceservices.serving.kserve.io",
             check_kserve,
         ),
+        (
+            "KServe's version",
+            "/apis/apps/v1/namespaces/kserve/deployments/kserve-controller-manager",
+            check_kserve_version,
+        ),
     ]
     for what, path, check in checks:
         answer, refused = read(what, path)
@@ -63,6 +83,45 @@ def check_version(what: str, answer: Object | None) -> Check:
     if 31 <= minor <= 36:
         return Check(what, "ok", f"Kubernetes 1.{minor}.")
     return Check(what, "optional", f"Kubernetes 1.{minor}: 1.31 to 1.36 are what the chart is checked against.")
+
+
+def check_kubeflow(what: str, answer: Object | None) -> Check:
+    if answer is None:
+        return Check(
+            what, "missing", f"Kubeflow Pipelines is not in that namespace: {_README}, or set kubeflow.enabled=false."
+        )
+    version = _version_of(answer)
+    if version is None:
+        return Check(what, "optional", "Kubeflow Pipelines: its image's tag names no version; 2.16 or later is needed.")
+    if version < (2, 16):
+        return Check(
+            what, "missing", f"Kubeflow Pipelines {_text(version)} refuses the pipelines: upgrade it to 2.16 or later."
+        )
+    return Check(what, "ok", f"Kubeflow Pipelines {_text(version)}.")
+
+
+def check_kserve_version(what: str, answer: Object | None) -> Check:
+    version = _version_of(answer or {})
+    if version in ((0, 20), (0, 21)):
+        return Check(what, "ok", f"KServe {_text(version)}.")
+    if version is None:
+        return Check(
+            what, "optional", "KServe: its controller is not in namespace kserve, or its image has no version."
+        )
+    return Check(what, "optional", f"KServe {_text(version)}: 0.20 and 0.21 are what the chart is made for.")
+
+
+def _version_of(deployment: Object) -> tuple[int, int] | None:
+    """(major, minor) by the tag of the first image that has one."""
+    pod = ((deployment.get("spec") or {}).get("template") or {}).get("spec") or {}
+    for container in pod.get("containers", []):
+        if match := re.search(r":v?(\d+)\.(\d+)", container["image"].rpartition("/")[2]):
+            return int(match[1]), int(match[2])
+    return None
+
+
+def _text(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def check_retry_policy(what: str, answer: Object | None) -> Check:

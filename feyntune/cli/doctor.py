@@ -19,6 +19,7 @@ def doctor(
     release: Annotated[str, typer.Option(help="Release to check for, with --cluster.")] = "feyntune",
     namespace: Annotated[str, typer.Option(help="Its namespace.")] = "feyntune",
     runs: Annotated[str, typer.Option(help="Namespace of its runs.")] = "kubeflow",
+    kubeflow: Annotated[str, typer.Option(help="Namespace of Kubeflow Pipelines.")] = "kubeflow",
     as_json: Json = False,
 ) -> None:
     """Report what is missing on this machine or cluster, one sentence each."""
@@ -29,7 +30,7 @@ def doctor(
         from feyntune.deployment.cluster import connect
         from feyntune.doctor_cluster import check_cluster
 
-        checks = list(check_cluster(release, namespace, runs, connect()))
+        checks = list(check_cluster(release, namespace, runs, connect(), kubeflow))
     else:
         checks = list(run_checks(store, host))
     if as_json:

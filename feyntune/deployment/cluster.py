@@ -29,9 +29,13 @@ def connect() -> Any:
     from kubernetes import client, config
 
     try:
-        config.load_config()
+        config.load_kube_config()
     except config.ConfigException as e:
-        raise UserError(f"No cluster is configured ({e}): set KUBECONFIG, or run this in a pod.") from e
+        try:
+            config.load_incluster_config()
+        except config.ConfigException:
+            why = str(e).rstrip(".")
+            raise UserError(f"No cluster is configured ({why}): set KUBECONFIG, or run this in a pod.") from e
     return client.ApiClient()
 
 
