@@ -46,7 +46,7 @@ STALL_SECONDS = 20.0
 def options(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     """Arguments of benchmarks.train."""
     sizes = {"hidden": 128, "layers": 2, "shape_8b": not args.tiny}
-    common = {"method": "lora-all", "device": args.device, "dropout": 0.05, "compile": False}
+    common = {"method": "lora-all", "device": args.device, "dropout": 0.05}
     return argparse.Namespace(**{**sizes, **common, "checkpoint_layers": "auto", **changes})
 
 

@@ -105,7 +105,6 @@ class Engine:
             lora_dropout=args.dropout,
             activation_checkpointing_layers=args.checkpoint_layers,
             learning_rate=3e-4,
-            compile=args.compile,
         )
         self.group = ProcessGroup(0, 1, torch.device(args.device))
         base = load_base(str(folder), args.precision, self.group.device)
@@ -226,7 +225,6 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--shape-8b", action="store_true", help="the shape of Llama-3.1-8B")
     parser.add_argument("--recompute", action="store_true", help="all layers, on both sides")
-    parser.add_argument("--compile", action="store_true", help="torch.compile in the engine (not in the baseline)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.checkpoint_layers = "auto"
@@ -282,7 +280,6 @@ def main() -> None:
         "precision": args.precision,
         "method": args.method,
         "dropout": args.dropout,
-        "compile": args.compile,
         "attention": attention_backend(args.device, torch.float32 if args.precision == "fp32" else torch.bfloat16),
         "checkpointed_layers": engine.runner.plan.layers,
         "trainer_attention": trainer.attention,

@@ -68,9 +68,6 @@ class TrainConfig(BaseModel):
     activation_checkpointing_layers: Literal["auto"] | NonNegativeInt = Field(
         "auto", description="Layers that recompute their activations in the backward pass. auto: as few as fit."
     )
-    compile: bool = Field(
-        False, description="Compile norms and MLPs with torch.compile: a minute first, then a few percent faster."
-    )
     vocab_chunk_size: PositiveInt | None = Field(
         None, description="Vocabulary entries per chunk of the loss. None: 1024 on a CPU, 8192 on a GPU."
     )
@@ -99,7 +96,6 @@ _EXECUTION_SETTINGS = {
     "threads",
     "micro_batch_tokens",
     "activation_checkpointing_layers",
-    "compile",
     "vocab_chunk_size",
     "save_every_steps",
     "save_every_seconds",

@@ -1,7 +1,6 @@
 """The processes that train together, one for each device, and the signals that ask them to stop."""
 
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -75,8 +74,6 @@ def init_process_group(config: TrainConfig) -> ProcessGroup:
     cuda = config.device == "cuda" or (config.device == "auto" and get_device().type == "cuda")
     if cuda and torch.cuda.device_count() < world_size:
         raise UserError(f"devices is {world_size}, but this machine has {torch.cuda.device_count()} GPUs: lower it.")
-    if config.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        raise UserError("compile needs a C compiler at run time, and the images have none: set compile to false.")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -29,7 +29,6 @@ class DropoutMasks:
         """Describe the micro-batch: tokens and seed of each document."""
         self.lengths, self.seeds = list(lengths), list(seeds)
 
-    @torch.compiler.disable  # the seeds change with every document: it would be compiled anew each time
     @torch.no_grad()
     def apply(self, x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """gain * x * mask, the mask, and the gain: 1, or 1 / (1 - p) by torch's dropout, which multiplies with it."""

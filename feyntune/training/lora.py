@@ -71,7 +71,6 @@ def fuse_lora(model: PeftModel, p: float) -> DropoutMasks:
     return masks
 
 
-@torch.compiler.disable  # the layer around it compiles; traced, its gradients came out wrong (torch 2.13)
 def _forward(layer: Any, index: int, masks: DropoutMasks, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     y = layer.base_layer(x, *args, **kwargs)
     if layer.disable_adapters:

@@ -169,10 +169,6 @@ def make_runner(
         layers = list(backbone(model).layers)  # type: ignore[arg-type]
     if cuda:
         fuse_norms(model)
-    if config.compile:
-        for layer in backbone(model).layers:  # type: ignore[union-attr]
-            for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):  # type: ignore[union-attr]
-                part.compile(dynamic=True)  # type: ignore[operator,union-attr]
     return MicroBatchRunner(
         model=model,
         device=device,

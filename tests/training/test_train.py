@@ -84,20 +84,6 @@ def test_checkpointed_layers_and_small_micro_batches_change_nothing(job):
     assert curve(job(out="plain")["out"])["loss"] == pytest.approx(curve(job(out="frugal")["out"])["loss"], abs=1e-5)
 
 
-def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(job, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(UserError, match="compile needs a C compiler"):
-        train(**job(max_steps=3, compile=True))
-
-
-@pytest.mark.slow
-def test_compiled_layers_change_nothing(job):
-    train(**job(out="plain", max_steps=3))
-    train(**job(out="compiled", max_steps=3, compile=True))
-    assert curve(job(out="compiled")["out"])["loss"] == pytest.approx(curve(job(out="plain")["out"])["loss"], abs=1e-5)
-    assert open_artifact(job(out="compiled")["out"], "adapter").stats["settings"]["compile"] is True
-
-
 def test_the_steps_are_those_of_the_paper(job):
     made = job(epochs=3, global_batch_size=20)  # 48 papers: 3 batches an epoch, the last of 8
     train(**made)
