@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
+import certifi
 import urllib3
 from urllib3.util.ssl_ import create_urllib3_context
 
@@ -67,9 +68,8 @@ def http_pool(url: str, ca_bundle: str | None = None, **options: Any) -> urllib3
     Raises:
         UserError: the proxy or a file of certificates cannot be used.
     """
-    bundles = [*dict.fromkeys(b for b in (ca_bundle, os.environ.get("SSL_CERT_FILE", "").strip()) if b)]
-    if bundles and urlsplit(url).scheme == "https":
-        options["ssl_context"] = _trusting(bundles)
+    if urlsplit(url).scheme == "https":
+        options["ssl_context"] = _trusting(ca_bundle, os.environ.get("SSL_CERT_FILE", "").strip())
     proxy = proxy_for(url)
     if proxy is None:
         return urllib3.PoolManager(**options)
@@ -83,10 +83,27 @@ def http_pool(url: str, ca_bundle: str | None = None, **options: Any) -> urllib3
     return urllib3.ProxyManager(address, proxy_headers=headers, **options)
 
 
-def _trusting(bundles: list[str]) -> ssl.SSLContext:
-    """Trusts the certificate authorities of all these PEM files."""
+def httpx_options(url: str) -> dict[str, Any]:
+    """Arguments of an httpx client that talks to `url`: the same proxy and certificates as `http_pool`'s.
+
+    Raises:
+        UserError: the proxy or SSL_CERT_FILE cannot be used.
+    """
+    context = _trusting(os.environ.get("SSL_CERT_FILE", "").strip())
+    return {"proxy": proxy_for(url), "verify": context, "trust_env": False}
+
+
+def _trusting(*bundles: str | None) -> ssl.SSLContext:
+    """Trusts the certificate authorities of these PEM files; without any the system's and certifi's.
+
+    Python on macOS has none of the system's until a script that comes with it is run.
+    """
     context = create_urllib3_context()
-    for bundle in bundles:
+    given = [*dict.fromkeys(b for b in bundles if b)]
+    if not given:
+        context.load_default_certs()
+        context.load_verify_locations(certifi.where())
+    for bundle in given:
         try:
             context.load_verify_locations(bundle)
         except (OSError, ssl.SSLError) as e:  # a folder, another format, an empty file

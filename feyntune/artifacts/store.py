@@ -4,7 +4,6 @@ Both have the same few operations. An artifact is copied file by file, its manif
 store too a folder without a manifest does not exist, and none is ever overwritten.
 """
 
-import errno
 import io
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import BinaryIO, Protocol
 
 from feyntune.artifacts.artifact import MANIFEST, ArtifactError, Manifest, open_artifact, parse_manifest, sha256_file
 from feyntune.artifacts.names import Missing, StoreError, checked_name, parse_address
+from feyntune.errors import WRITE_FIXES
 
 
 class Store(Protocol):
@@ -57,17 +57,6 @@ def open_store(uri: str, tries: int = 6) -> Store:
 
         return S3Store(uri, S3Settings.from_env(), tries)
     return FolderStore(uri)
-
-
-_FIXES = {
-    errno.ENOSPC: "the disk is full, free some space",
-    errno.EDQUOT: "your disk quota is used up, free some space",
-    errno.EROFS: "the file system is read-only, choose another folder",
-    errno.EACCES: "you have no right to write there, choose another folder",
-    errno.EPERM: "you have no right to write there, choose another folder",
-    errno.ENOTDIR: "a part of the path is a file, choose another folder",
-    errno.ENAMETOOLONG: "the path is too long, choose a shorter folder",
-}
 
 
 class FolderStore:
@@ -128,7 +117,7 @@ class FolderStore:
         except FileExistsError:
             raise
         except OSError as e:
-            fix = _FIXES.get(e.errno or 0, "check the folder")
+            fix = WRITE_FIXES.get(e.errno or 0, "check the folder")
             raise StoreError(f"{self.root / name} cannot be written ({e.strerror}): {fix}.") from e
 
     def modified(self, name: str) -> datetime:

@@ -12,6 +12,7 @@ from feyntune.errors import (
     EXIT_INTERRUPTED,
     Interrupted,
     UserError,
+    write_failure,
 )
 from feyntune.extras import missing_extra
 
@@ -60,6 +61,11 @@ def main() -> None:
         if missing is None:
             raise
         print(f"error: {missing}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except Exception as e:
+        if (sentence := write_failure(e)) is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
 

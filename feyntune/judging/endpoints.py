@@ -22,8 +22,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from feyntune.artifacts.artifact import sha256_json
+from feyntune.environment import variable
 from feyntune.errors import Interrupted, UserError
+from feyntune.judging.replies import REFUSAL, describe_error, text_of, why_no_choices
 from feyntune.names import BASE
+from feyntune.network import httpx_options
 from feyntune.telemetry import log, progress
 
 GIVE_UP = 5  # failures in a row after which an endpoint is taken for broken
@@ -93,6 +96,8 @@ class Endpoint(BaseModel):
             raise ValueError("must be an http(s) address such as https://api.example/v1")
         if parts.username or parts.password or parts.query:
             raise ValueError("must hold no key: name a variable (key_env) or a file (key_file) that holds it")
+        if parts.path.rstrip("/").endswith("/completions"):
+            raise ValueError("must end before /chat/completions or /completions, as in https://api.example/v1")
         return url.rstrip("/")
 
     @model_validator(mode="after")
@@ -108,17 +113,27 @@ class Endpoint(BaseModel):
             UserError: the variable or file is not there or empty.
         """
         if self.key_env:
-            if key := os.environ.get(self.key_env, "").strip():
-                return key
+            if key := variable(self.key_env):
+                return self._sendable(key, self.key_env)
             raise UserError(f"Endpoint {self.name}: {self.key_env} is not in the environment: set it from a Secret.")
         if self.key_file:
             try:
-                if key := self.key_file.read_text(encoding="utf-8").strip():
-                    return key
+                if key := self.key_file.read_text(encoding="utf-8-sig").strip():
+                    return self._sendable(key, str(self.key_file))
+            except UnicodeDecodeError:
+                raise UserError(f"Endpoint {self.name}: {self.key_file} is no text: put the key alone in it.") from None
             except OSError as e:
                 raise UserError(f"Endpoint {self.name}: {self.key_file}: {e.strerror}: mount the key there.") from e
             raise UserError(f"Endpoint {self.name}: {self.key_file} is empty: put the key into it.")
         return None
+
+    def _sendable(self, key: str, where: str) -> str:
+        if not re.fullmatch(r"[!-~]+", key):
+            raise UserError(
+                f"Endpoint {self.name}: the key in {where} holds a line break, a space or a character that is not "
+                "ASCII: copy it again."
+            )
+        return key
 
     def public(self) -> dict[str, Any]:
         """What tells how answers were made, for manifests: nothing of the key, not even where it is."""
@@ -236,8 +251,13 @@ def ask(
     import openai
 
     key = endpoint.key()
+    http = openai.DefaultHttpxClient(**httpx_options(endpoint.base_url))
     client = openai.OpenAI(
-        base_url=endpoint.base_url, api_key=key or "none", timeout=endpoint.timeout, max_retries=endpoint.retries
+        base_url=endpoint.base_url,
+        api_key=key or "none",
+        timeout=endpoint.timeout,
+        max_retries=endpoint.retries,
+        http_client=http,
     )
     keys = [_key(endpoint, q) for q in questions]
     with client, _Journal(beside, endpoint.name) as journal, _Signals() as signals:
@@ -282,7 +302,7 @@ def ask(
                     except (openai.OpenAIError, ValueError) as e:
                         error = e
                     if error is not None:  # outside of `except`: a log that fails would print it, perhaps with the key
-                        errors[k] = _reason(error, key)
+                        errors[k] = describe_error(error, key)
                         in_a_row += 1
                         fatal = getattr(error, "status_code", None) in (401, 402, 403, 404) or _out_of_quota(error)
                         if fatal or in_a_row >= GIVE_UP:
@@ -332,8 +352,8 @@ def _request(client: Any, endpoint: Endpoint, key: str, question: Question) -> A
     body = raw.parse()
     choices = getattr(body, "choices", None)
     if not choices:
-        raise ValueError("the answer does not follow the protocol: it has no choices")
-    text = _text(choices[0].message if endpoint.api == "chat" else choices[0])
+        raise ValueError(why_no_choices(raw, body))
+    text = text_of(choices[0].message if endpoint.api == "chat" else choices[0])
     usage = body.usage
     tokens_in, tokens_out = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
     metered = isinstance(tokens_in, int) and isinstance(tokens_out, int)
@@ -352,31 +372,21 @@ def _request(client: Any, endpoint: Endpoint, key: str, question: Question) -> A
     )
 
 
-def _text(message: Any) -> str:
-    """The text of an answer: of a list of parts the text parts, and without the reasoning before it."""
-    content = getattr(message, "content", None) if hasattr(message, "content") else getattr(message, "text", None)
-    if isinstance(content, list):  # Mistral's reasoning models
-        parts = [p if isinstance(p, dict) else getattr(p, "__dict__", {}) for p in content]
-        content = "".join(str(p.get("text") or "") for p in parts if p.get("type") == "text")
-    text = content if isinstance(content, str) else ""
-    if re.match(r"\s*<think", text):
-        return re.sub(r"^\s*<think(?:ing)?>.*?(</think(?:ing)?>|\Z)", "", text, flags=re.DOTALL)
-    return text or (getattr(message, "refusal", None) and REFUSAL) or ""
-
-
-REFUSAL = "\0refused"  # an answer's text where the endpoint put a refusal in a field of its own
+_FILTERED = ("content_filter", "refusal", "SAFETY", "RECITATION", "PROHIBITED_CONTENT", "safety")
 
 
 def _unusable(answer: Answer, endpoint: Endpoint, check: Callable[[str], str | None]) -> str | None:
     """Why an answer is of no use, with what to change; None where it is of use."""
-    if answer.text == REFUSAL or (answer.finish == "content_filter" and not answer.text.strip()):
+    if answer.text == REFUSAL or (answer.finish in _FILTERED and not answer.text.strip()):
         return "the endpoint refused to answer"
+    if answer.finish in _FILTERED:
+        return "the endpoint's filter cut the answer off"
     if not answer.text.strip():
         if answer.finish == "length":
             return (
                 f"no text: all {answer.tokens_out} tokens went into reasoning, raise max_tokens ({endpoint.max_tokens})"
             )
-        return "no text"
+        return "no text" if answer.finish in ("stop", "unknown") else f"no text (finish_reason {answer.finish[:40]})"
     reason = check(answer.text)
     return f"{reason} (cut off at max_tokens)" if reason and answer.finish == "length" else reason
 
@@ -384,25 +394,6 @@ def _unusable(answer: Answer, endpoint: Endpoint, check: Callable[[str], str | N
 def _out_of_quota(error: Exception) -> bool:
     """Whether a 429 is no rate limit but an account without money, which no retry helps (OpenAI)."""
     return getattr(error, "code", None) == "insufficient_quota"
-
-
-# What commercial endpoints refuse with 400, and the setting that helps.
-HINTS = {
-    "max_completion_tokens": "set limit_field: max_completion_tokens",
-    "temperature": "set temperature: null",
-    "chat template": "set api: completions",
-    "chat_template": "set api: completions",
-}
-
-
-def _reason(error: Exception, key: str | None) -> str:
-    """One line about an error, without the key, which some servers repeat."""
-    status = getattr(error, "status_code", None)
-    message = " ".join(f"{f'HTTP {status}, ' if status else ''}{type(error).__name__}: {error}".split())
-    if key:
-        message = message.replace(key, "***")
-    hint = next((fix for word, fix in HINTS.items() if status in (400, 422) and word in message), "")
-    return message[:300] + (f" ({hint})" if hint else "")
 
 
 class _Journal:

@@ -5,6 +5,7 @@ so the rubric is ours. Both orders are asked because judges favor a place (Zheng
 """
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -70,15 +71,23 @@ class JudgeConfig(BaseModel):
     seed: int = 1
 
 
+def _score(value: Any) -> Any:
+    return re.sub(r"\s*/\s*10$", "", value.strip()) if isinstance(value, str) else value
+
+
+def _winner(value: Any) -> Any:
+    """`Continuation A`, `continuation_a` and `A.` are a; words for neither are tie."""
+    word = re.sub(r"^continuation|[^a-z]", "", value.lower()) if isinstance(value, str) else value
+    return "tie" if word in ("equal", "equals", "draw") else word
+
+
 class Judgment(BaseModel):
     """What a judge must answer. Further fields are let be."""
 
-    score_a: int = Field(ge=1, le=10)
-    score_b: int = Field(ge=1, le=10)
-    better: Annotated[
-        Literal["a", "b", "tie"], BeforeValidator(lambda v: v.strip().lower() if isinstance(v, str) else v)
-    ]
-    reason: str = ""
+    score_a: Annotated[int, BeforeValidator(_score)] = Field(ge=1, le=10)
+    score_b: Annotated[int, BeforeValidator(_score)] = Field(ge=1, le=10)
+    better: Annotated[Literal["a", "b", "tie"], BeforeValidator(_winner)]
+    reason: Annotated[str, BeforeValidator(lambda v: v if isinstance(v, str) else json.dumps(v) if v else "")] = ""
 
 
 def judge(
@@ -154,28 +163,35 @@ def parse(answer: str) -> Judgment | str:
     """The judgment in a judge's answer, or why there is none.
 
     The last JSON object that is a judgment counts: a judge that thinks aloud drafts some before it. Text around it is
-    ignored.
+    ignored; LaTeX and line breaks in a string, and a comma after the last field, are let be.
     """
-    why, judgment, end = "no JSON object", None, 0
-    decoder = json.JSONDecoder()
+    why, judgment, failed_until, end = "no JSON object", None, 0, 0
+    decoder = json.JSONDecoder(strict=False)
+    answer = _BACKSLASH.sub(lambda m: m[0] if m[1] else r"\\", answer)
+    answer = re.sub(r",(\s*\})", r" \1", answer)
     for start in (i for i, c in enumerate(answer) if c == "{"):
-        if start < end:  # inside the last object
+        if start < end:  # inside the last judgment
             continue
         try:
             value, length = decoder.raw_decode(answer[start:])
         except (ValueError, RecursionError):
             continue
-        end = start + length
         try:
-            judgment = Judgment.model_validate(value)
+            judgment = Judgment.model_validate({k.lower(): v for k, v in value.items()})
+            end = start + length
         except ValidationError as e:
-            problem = e.errors(include_url=False)[0]
-            why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            if start >= failed_until:  # an object inside one that failed explains nothing
+                problem = e.errors(include_url=False)[0]
+                why, failed_until = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}", start + length
     if judgment is None:
         return why
     if (judgment.score_a - judgment.score_b) * {"a": 1, "b": -1, "tie": 0}[judgment.better] < 0:
         return "contradicts its scores"
     return judgment
+
+
+# A backslash with what it escapes in JSON, or alone; \\b and \\f are taken for LaTeX (\\beta, \\frac).
+_BACKSLASH = re.compile(r'\\(["\\/nrt]|u[0-9a-fA-F]{4})|\\')
 
 
 def _why_unusable(answer: str) -> str | None:

@@ -1,5 +1,6 @@
 """What a person sees of a command: exit codes, sentences, tables of 80 columns."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from feyntune.cli import main as cli
 from feyntune.cli.options import print_table
 from feyntune.cli.run import result_text
-from feyntune.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
+from feyntune.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError, write_failure
 
 
 def _error(*arguments: str) -> str:
@@ -148,3 +149,36 @@ def test_a_tilde_after_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch, 
     assert ended.value.code in (0, None), capsys.readouterr().err
     assert (tmp_path / "corpus/manifest.json").exists()
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full, free some space"),
+        (OSError(errno.EROFS, "Read-only file system", "/x/y"), "/x/y cannot be opened or written"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "change its rights"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_sentence(
+    error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "app", _raising(error))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "no file")])
+def test_another_failure_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", _raising(error))
+    with pytest.raises(OSError, match=r"error|no file"):
+        cli.main()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_real_full_disk_is_recognized() -> None:
+    with pytest.raises(OSError, match="No space") as failed, open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+    assert "the disk is full" in (write_failure(failed.value) or "")

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from feyntune.errors import UserError
 from feyntune.judging.endpoints import Endpoint, Question, ask, load_endpoints
+from tests.servers import plain_http
 from tests.servers.openai import OpenAI
 
 KEY = "sk-test-0123456789abcdef"
@@ -375,3 +377,111 @@ def test_a_file_system_without_locks_serves(server, tmp_path, monkeypatch, numbe
 def test_a_local_endpoint_needs_no_price_and_no_cap():
     local = Endpoint.model_validate({"name": "local", "base_url": "http://127.0.0.1:1/v1", "model": "m"})
     assert (local.price_in, local.price_out, local.cap) == (0, 0, None)
+
+
+def _answering(status: int, body: object, kind: str = "application/json"):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return lambda method, path: (status, {"content-type": kind}, raw)
+
+
+def _chat(content: object, finish: str = "stop") -> dict:
+    message = {"role": "assistant", "content": content}
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": message}], "model": "m", "id": "i"}
+
+
+def _ask_one(answer, folder, **changes):
+    with plain_http.serving(answer) as server:
+        settings = {"name": "m", "base_url": f"{server.url}/v1", "model": "x", "retries": 0, "timeout": 10, **changes}
+        return ask(Endpoint.model_validate(settings), questions(1), folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>a</think>B",
+        "the template began it\n</think>\n\nB",
+        "[THINK]a[/THINK]B",
+        "<reasoning>a</reasoning> B",
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>B",
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "a"}]}, {"type": "output_text", "text": "B"}],
+    ],
+)
+def test_reasoning_is_no_part_of_an_answer(tmp_path, content):
+    assert [t.strip() for t in texts(_ask_one(_answering(200, _chat(content)), tmp_path))] == ["B"]
+
+
+@pytest.mark.parametrize(
+    ("content", "finish", "reason"),
+    [
+        ("<think>unfinished", "length", "all .* tokens went into reasoning"),
+        ("half an ans", "content_filter", "the endpoint's filter cut the answer off"),
+        ("", "SAFETY", "the endpoint refused to answer"),
+        (None, "tool_calls", r"no text \(finish_reason tool_calls\)"),
+    ],
+)
+def test_an_answer_of_no_use_says_why(tmp_path, content, finish, reason):
+    result = _ask_one(_answering(200, _chat(content, finish)), tmp_path)
+    assert result.answers == [None]
+    assert re.search(reason, result.failures[0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (_answering(200, {"error": {"message": "Provider returned error"}}), "but the error: Provider returned error"),
+        (_answering(200, b"<html>Sign in", "text/html"), "a web page answers: check base_url"),
+        (_answering(200, b""), "the answer is not JSON"),
+        (_answering(400, {"detail": "use 'max_completion_tokens' instead"}), "set limit_field: max_completion_tokens"),
+        (_answering(400, [{"error": {"message": "API key not valid"}}]), "API key not valid"),
+        (_answering(400, b"<html>Blocked", "text/html"), "a web page"),
+    ],
+)
+def test_an_error_of_another_form_says_what_the_server_said(tmp_path, answer, reason):
+    assert reason in _ask_one(answer, tmp_path).failures[0]
+
+
+@pytest.mark.parametrize("key", ["sk\na", "sk a", "sk-\u00e4"])
+def test_a_key_that_no_request_can_carry_is_one_sentence_without_it(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("MODEL_KEY", key)
+    with pytest.raises(UserError, match="the key in MODEL_KEY holds") as e:
+        _ask_one(_answering(200, _chat("B")), tmp_path, key_env="MODEL_KEY")
+    assert key not in str(e.value)
+
+
+def test_a_key_file_with_a_byte_order_mark_is_read(tmp_path, server):
+    (tmp_path / "key").write_bytes(b"\xef\xbb\xbf" + KEY.encode() + b"\r\n")
+    server.key = KEY
+    assert texts(ask(endpoint(server, key_file=tmp_path / "key"), questions(1), tmp_path)) == ["echo word 0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", "all_proxy is not an http"),
+        ("HTTP_PROXY", "ftp://127.0.0.1:1", "http_proxy is not an http"),
+    ],
+)
+def test_a_proxy_of_another_kind_is_one_sentence(tmp_path, monkeypatch, name, value, message):
+    for other in ("HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.delenv(other.lower(), raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        _ask_one(_answering(200, _chat("B")), tmp_path)
+
+
+def test_judges_are_asked_through_the_proxy_and_no_proxy_takes_networks(tmp_path, monkeypatch):
+    for other in ("ALL_PROXY", "all_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    with plain_http.serving(_answering(200, _chat("by proxy"))) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.setenv("no_proxy", "10.0.0.0/8")
+        address = {"base_url": "http://judge.case.invalid/v1"}
+        assert texts(_ask_one(_answering(500, {}), tmp_path / "a", **address)) == ["by proxy"]
+        monkeypatch.setenv("no_proxy", "127.0.0.0/8")
+        assert texts(_ask_one(_answering(200, _chat("direct")), tmp_path / "b")) == ["direct"]
+
+
+def test_an_address_pasted_with_its_last_part_is_refused():
+    with pytest.raises(ValueError, match="must end before /chat/completions"):
+        Endpoint.model_validate({"name": "m", "base_url": "https://a.b/v1/chat/completions", "model": "x"})

@@ -124,6 +124,17 @@ def test_all_pairs(server, folders, tmp_path):
             Judgment(score_a=7, score_b=3, better="a"),
         ),
         ("{" * 5000, "no JSON object"),
+        (r'{"score_a": 7, "score_b": 3, "better": "A", "reason": "\alpha, \beta and \\gamma"}',
+         Judgment(score_a=7, score_b=3, better="a", reason=r"\alpha, \beta and \gamma")),
+        ('{"score_a": 7, "score_b": 3, "better": "A", "reason": "two\nlines",}',
+         Judgment(score_a=7, score_b=3, better="a", reason="two\nlines")),
+        ('{"Score_A": "7/10", "Score_B": 3, "Better": "Continuation A.", "reason": null}',
+         Judgment(score_a=7, score_b=3, better="a")),
+        ('{"score_a": 5, "score_b": 5, "better": "equal"}', Judgment(score_a=5, score_b=5, better="tie")),
+        ('{"judgment": {"score_a": 7, "score_b": 3, "better": "continuation_a"}}',
+         Judgment(score_a=7, score_b=3, better="a")),
+        ('{"score_a": 11, "score_b": 3, "better": "A", "more": {"x": 1}}',
+         "score_a: Input should be less than or equal to 10"),
     ],
 )  # fmt: skip
 def test_judgments_and_what_is_none(answer, result):
