@@ -25,13 +25,14 @@ _CONFIG_BYTES = 1 << 20
 # What adapter_config.json may say: anything, where the weights mean the same whatever it says ...
 _FREE = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "base_model_name_or_path", "revision"),
-    *("task_type", "inference_mode", "peft_version", "auto_mapping", "use_rslora", "megatron_core"),
+    *("task_type", "inference_mode", "peft_version", "auto_mapping", "megatron_core"),
     *("qalora_group_size", "layers_pattern", "ensure_weight_tying"),
 }
 # ... one of these values, where others would make it another kind of adapter; unknown keys must be empty.
 _NEUTRAL: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    "use_rslora": (True, False, None),
     # How training began; "pissa", "olora", "corda" and their like change the base's own weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -135,7 +136,7 @@ def read_adapter(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: 
         InvalidAdapterError: not plain LoRA, unknown layers, wrong shapes, a rank over `max_rank`, or weights that
             are not finite.
     """
-    scaling = _read_scaling(folder / "adapter_config.json")
+    rank, scaling = _read_config(folder / "adapter_config.json")
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
             shapes = {}
@@ -144,14 +145,14 @@ def read_adapter(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: 
                 shapes[name] = entry.get_shape()
                 if entry.get_dtype() not in _DTYPES:
                     raise InvalidAdapterError(f"{name} is {entry.get_dtype()}: weights are F32, F16 or BF16")
-            pairs = _check_shapes(shapes, layers, max_rank)
+            pairs = _check_shapes(shapes, layers, rank, max_rank)
             return {module: _pair(a, f.get_tensor(a), f.get_tensor(b), scaling) for module, (a, b) in pairs.items()}
     except (OSError, SafetensorError) as e:
         raise InvalidAdapterError(f"adapter_model.safetensors cannot be read ({e})") from e
 
 
-def _read_scaling(file: Path) -> float:
-    """alpha / r of a plain LoRA's adapter_config.json; every other setting must be at its neutral value."""
+def _read_config(file: Path) -> tuple[int, float]:
+    """r, and alpha / r, of a plain LoRA's adapter_config.json; every other setting must be at its neutral value."""
     try:
         if file.stat().st_size > _CONFIG_BYTES:
             raise ValueError(f"it has {file.stat().st_size} bytes, at most {_CONFIG_BYTES} are read")
@@ -169,13 +170,13 @@ def _read_scaling(file: Path) -> float:
             raise ValueError(f"r is {str(rank)[:60]}")
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= 1e6:
             raise ValueError(f"lora_alpha is {str(alpha)[:60]}")
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+        return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
     except (OSError, ValueError, RecursionError) as e:
         raise InvalidAdapterError(f"adapter_config.json cannot be used: {e}") from e
 
 
 def _check_shapes(
-    shapes: Mapping[str, Sequence[int]], layers: Mapping[str, tuple[int, int]], max_rank: int
+    shapes: Mapping[str, Sequence[int]], layers: Mapping[str, tuple[int, int]], rank: int, max_rank: int
 ) -> dict[str, tuple[str, str]]:
     """The names of A and B of each module, checked by the file's header alone."""
     if not shapes:
@@ -206,6 +207,8 @@ def _check_shapes(
             raise InvalidAdapterError(
                 f"{name} has rank {a[0]}, over the limit of {max_rank}: raise max_rank to serve it"
             )
+        if a[0] != rank:
+            raise InvalidAdapterError(f"{name} has rank {a[0]}, adapter_config.json says r is {rank}")
         pairs[module] = name, b_name
     return pairs
 

@@ -24,7 +24,7 @@ from feyntune.engine.api import (
     Sampling,
 )
 from feyntune.engine.batching import BatchingEngine
-from feyntune.engine.lora import install, read_adapter
+from feyntune.engine.lora import install, projections, read_adapter
 from feyntune.engine.sampling import adjust, draw
 from feyntune.model.load import load_base, prompt
 from tests.serving.factories import save_adapter
@@ -532,6 +532,11 @@ def test_outputs_of_cancelled_requests_are_not_kept(tiny_base):
         {"init_lora_weights": "pissa"},
         {"layers_to_transform": [0]},
         {"another_kind_of_adapter": 3},
+        {"use_rslora": "yes"},
+        {"rank_pattern": {"q_proj": 2}},
+        {"fan_in_fan_out": True},
+        {"r": 8.0},
+        {"r": True},
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_by_its_setting(adapters, tmp_path, change):
@@ -539,6 +544,16 @@ def test_an_adapter_of_another_kind_is_refused_by_its_setting(adapters, tmp_path
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(InvalidAdapterError, match=next(iter(change))):
         read_adapter(tmp_path, {}, 8)
+
+
+def test_an_adapter_of_another_rank_than_it_says_is_refused(tiny_base, tmp_path):
+    """Its weights would be scaled by the wrong rank."""
+    folder = save_adapter(tmp_path / "a", tiny_base, rank=4)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+    layers = projections(load_base(tiny_base, "fp32", "cpu", attention="sdpa"))
+    with pytest.raises(InvalidAdapterError, match=r"has rank 4, .* says r is 2"):
+        read_adapter(folder, layers, 8)
 
 
 def test_a_nested_config_and_weights_of_another_type_are_refused(adapters, tmp_path):
