@@ -82,8 +82,18 @@ class Canary:
 
 
 def p_value(requests: int, failures: int, other_requests: int, other_failures: int) -> float:
-    """Fisher's exact test: how likely at least `failures` of all failures fall on these `requests` by chance."""
+    """Fisher's exact test: how likely at least `failures` of all failures fall on these `requests` by chance.
+
+    By logarithms, and no further than terms count: this runs on the event loop, and the binomial coefficients of
+    some ten thousand requests take minutes to multiply.
+    """
     total, failed = requests + other_requests, failures + other_failures
-    most = min(requests, failed)
-    ways = sum(math.comb(failed, k) * math.comb(total - failed, requests - k) for k in range(failures, most + 1))
-    return ways / math.comb(total, requests)
+    fewest, most = max(failures, requests - (total - failed)), min(requests, failed)
+    ways = lambda n, k: math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    p = 0.0
+    for k in range(fewest, most + 1):
+        term = math.exp(ways(failed, k) + ways(total - failed, requests - k) - ways(total, requests))
+        p += term
+        if term < p * 1e-17:  # terms rise to the most likely number of failures, then fall
+            break
+    return min(1.0, p)

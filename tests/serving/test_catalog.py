@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.store import StoreError
 from feyntune.engine.api import NoFreeSlotError
 from feyntune.registry.registry import Registry
-from feyntune.serving.canary import Canary
+from feyntune.serving.canary import Canary, p_value
 from feyntune.serving.catalog import Catalog
 from feyntune.serving.source import RegistrySnapshot, RegistrySource, ServedVersion
 from tests.registry.factories import make_adapter
@@ -306,3 +307,17 @@ def test_a_quarantined_version_is_served_no_more_and_says_why(source):
     assert "quarantined" in catalog.why_not("a")
     assert engine.loaded == {OTHER.digest}
     assert sample("feyntune_name_missing", name="a") == 1
+
+
+@pytest.mark.parametrize("counts", [(32, 3, 100, 2), (32, 0, 10, 10), (5, 5, 5, 0), (128, 9, 3000, 20), (40, 1, 0, 0)])
+def test_the_canarys_test_is_fishers(counts):
+    n, failures, others, other_failures = counts
+    failed, total = failures + other_failures, n + others
+    ways = sum(math.comb(failed, k) * math.comb(total - failed, n - k) for k in range(failures, min(n, failed) + 1))
+    assert p_value(*counts) == pytest.approx(ways / math.comb(total, n), rel=1e-9)
+
+
+def test_the_canarys_test_ends_however_many_requests_there_were():
+    """It runs on the event loop. Exact arithmetic would take hours here."""
+    assert p_value(1 << 20, 53_000, 10_000_000, 500_000) == pytest.approx(0.0075786586, rel=1e-6)  # scipy's
+    assert p_value(1 << 20, 60_000, 10_000_000, 500_000) < 1e-100
