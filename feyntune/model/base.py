@@ -6,6 +6,7 @@ No heavy imports here: the preflight step runs in a second.
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -155,7 +156,12 @@ def fetch_tokenizer(base: str) -> str:
         folder = _cache_folder(f"{base} tokenizer")
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                pull(*stored_at(location), folder, only=lambda file: not file.endswith(".safetensors"))
+                manifest = pull(*stored_at(location), folder, only=lambda file: not file.endswith(".safetensors"))
+                if digest is not None and manifest.digest != digest:
+                    shutil.rmtree(folder)
+                    raise UserError(
+                        f"{location} is not the model pinned as {digest[:16]}: it was replaced, restore it."
+                    )
         return str(folder)
     if not Path(location).is_dir() and _looks_like_hub_id(location):
         return _hub_files(location, digest, tuple(end for end in _MODEL_FILES if end != ".safetensors"))
@@ -170,6 +176,8 @@ def _fetch_quantized(location: str, source: str) -> str | None:
                 return None
             log.info("copying the quantized base model %s into %s", location + QUANTIZED, folder.parent)
             pull(*stored_at(location + QUANTIZED), folder)
+        if read_manifest(folder).inputs.get("source") != source:
+            raise UserError(f"The cached copy {folder} is not one of {location}@{source[:16]}: remove it.")
     return str(folder)
 
 
@@ -178,17 +186,19 @@ def _cache_folder(key: str) -> Path:
 
 
 def _cache() -> Path:
-    default = Path(tempfile.gettempdir()) / "feyntune-cache"
-    cache = Path(os.environ.get("FEYNTUNE_CACHE") or default)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        writable = os.access(cache, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        log.warning("the cache %s cannot be written: base models are copied to %s", cache, default)
-        default.mkdir(parents=True, exist_ok=True)
-        return default
+    given = os.environ.get("FEYNTUNE_CACHE")
+    if given:
+        try:
+            Path(given).mkdir(parents=True, exist_ok=True)
+            if os.access(given, os.W_OK):
+                return Path(given)
+        except OSError:
+            pass
+        log.warning("the cache %s cannot be written: base models are copied to the temporary folder", given)
+    cache = Path(tempfile.gettempdir()) / f"feyntune-cache-{os.getuid()}"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if cache.lstat().st_uid != os.getuid():  # everybody may make folders there
+        raise UserError(f"{cache} belongs to another user: name a cache of your own in FEYNTUNE_CACHE.")
     return cache
 
 

@@ -5,7 +5,16 @@ import pytest
 from feyntune.artifacts.artifact import ArtifactError, write_artifact
 from feyntune.artifacts.store import open_store, push
 from feyntune.errors import UserError
-from feyntune.model.base import fetch_base, folder_digest, pin_base, push_base, require_tokenizer, split_pin
+from feyntune.model.base import (
+    _cache,
+    fetch_base,
+    fetch_tokenizer,
+    folder_digest,
+    pin_base,
+    push_base,
+    require_tokenizer,
+    split_pin,
+)
 
 
 @pytest.fixture
@@ -68,6 +77,24 @@ def test_a_sealed_folder_has_its_manifests_digest_wherever_it_lies(tmp_path, s3,
     fetched = fetch_base(in_store)
     assert folder_digest(fetched) == manifest.digest
     assert fetch_base(in_store) == fetched
+
+
+def test_a_model_in_the_place_of_the_pinned_one_is_refused(model, tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("FEYNTUNE_CACHE", str(tmp_path / "cache"))
+    other = push_base(model, f"{s3}/models/other")
+    pinned = f"{split_pin(other)[0]}@{'a' * 64}"
+    for fetch in (fetch_base, fetch_tokenizer, fetch_tokenizer):
+        with pytest.raises(UserError, match="not the model pinned as aaaa"):
+            fetch(pinned)
+
+
+def test_a_cache_that_another_user_made_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.delenv("FEYNTUNE_CACHE", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert _cache().stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("os.getuid", lambda: 12345)  # then this test is the other user
+    with pytest.raises(UserError, match="belongs to another user"):
+        _cache()
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "just-a-name"])
