@@ -1,6 +1,7 @@
 """The endpoint: one base model in memory, every registered adapter over it, and three protocols in front."""
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -86,11 +87,12 @@ def serve(
     assert digest is not None
     from feyntune.serving.kserve_api import Endpoint  # KServe and FastAPI: seconds to import
 
-    for name in ("uvicorn.access", "kserve", "kserve.trace"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     limits = Limits(body_bytes=body_bytes, seconds=request_seconds)
     server = Server(limits, base_name=Path(location).name, cors_origins=tuple(cors_origins))
     endpoint = Endpoint(server, (listening, grpc_port), host, keys, drain_seconds, linger_seconds, workbench)
+    # kserve configures logging when its server is made: a line for every request and probe.
+    for name in ("uvicorn.access", "kserve", "kserve.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     endpoint.sync_models(set())
     log.info("listening on http://%s:%d (gRPC %d)", host, listening.getsockname()[1], grpc_port)
 
@@ -135,6 +137,10 @@ async def _bring_up(
     source = await asyncio.to_thread(RegistrySource, registry)
     server.tokenizer, server.eos = tokenizer, frozenset(eos)
     server.catalog = Catalog(source, engine, digest, Canary(canary_share))
+    # What is loaded by now stays. To go through it all again for garbage would hold up every request for a third of
+    # a second, and for seconds on a busy machine.
+    gc.collect()
+    gc.freeze()
 
 
 def _load(base: str, precision: "Precision", settings: EngineSettings, chat_template: str | None):
