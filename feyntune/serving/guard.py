@@ -17,8 +17,10 @@ from feyntune.serving.completions import OWNER, ApiError, Limits
 from feyntune.serving.workbench import FILES
 from feyntune.telemetry import log
 
-_OPENAI = ("/openai", "/v1/completions", "/v1/chat/", "/tokenize", "/detokenize")
-OPEN = ("/", "/metrics", "/v2/health/live", "/v2/health/ready")  # probes, scrapers and browsers have no key
+_KSERVE_V1 = "/v1/models"
+_OPENAI = ("/openai", "/v1/", "/tokenize", "/detokenize")
+# Probes, scrapers and browsers have no key.
+OPEN = ("/", "/metrics", "/health", "/ping", "/version", "/v2/health/live", "/v2/health/ready")
 
 
 class Keys:
@@ -105,6 +107,8 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # every GET has one; uvicorn leaves out the body
+            scope = {**scope, "method": "GET"}
         send = _Answer(scope, send)
         try:
             self._check_key(scope)
@@ -182,7 +186,8 @@ class RequestGuard:
 
 def error_response(path: str, error: ApiError) -> Response:
     """`error` in OpenAI's shape on OpenAI's paths, in KServe's elsewhere."""
-    body = error.body if path.startswith(_OPENAI) else {"error": error.message}
+    openai = path.startswith(_OPENAI) and not path.startswith(_KSERVE_V1)
+    body = error.body if openai else {"error": error.message}
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status in (500, 504):
         headers["x-should-retry"] = "false"  # OpenAI's clients would repeat minutes of work

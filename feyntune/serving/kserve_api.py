@@ -7,13 +7,14 @@ V2: a BYTES tensor `text` of shape [n], the same parameters; gives BYTES tensors
 import asyncio
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent import futures
 from typing import Any
 from uuid import uuid4
 
 _arguments, sys.argv = sys.argv, sys.argv[:1]  # kserve parses the command line when imported: it is not for it
 import kserve  # noqa: E402
+from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER  # noqa: E402
 from kserve.errors import InvalidInput  # noqa: E402
 from kserve.protocol.dataplane import DataPlane  # noqa: E402
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as v2_grpc  # noqa: E402
@@ -21,6 +22,7 @@ from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor  # no
 from kserve.protocol.grpc.servicer import InferenceServicer  # noqa: E402
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension  # noqa: E402
 from kserve.protocol.rest.server import RESTServer  # noqa: E402
+from kserve.protocol.rest.v2_endpoints import V2Endpoints  # noqa: E402
 
 sys.argv = _arguments
 
@@ -31,41 +33,34 @@ from fastapi.middleware.cors import CORSMiddleware  # noqa: E402
 from fastapi.requests import Request as HttpRequest  # noqa: E402
 from fastapi.responses import ORJSONResponse, PlainTextResponse, Response  # noqa: E402
 from fastapi.routing import APIRoute  # noqa: E402
-from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
+from pydantic import Field, ValidationError  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
 
-from feyntune.constants import RELEASE_HEADER, VERSION_HEADER  # noqa: E402
-from feyntune.engine.api import Sampling  # noqa: E402
+from feyntune.constants import RELEASE_HEADER, VERSION, VERSION_HEADER  # noqa: E402
 from feyntune.errors import UserError  # noqa: E402
 from feyntune.names import BASE, slug  # noqa: E402
 from feyntune.serving import openai_api, tokenize_api  # noqa: E402
 from feyntune.serving.completions import OWNER, ApiError, CompletionRequest, Server  # noqa: E402
 from feyntune.serving.guard import Keys, RequestGuard, error_response  # noqa: E402
+from feyntune.serving.openai_fields import SamplingFields, faulty_field  # noqa: E402
 from feyntune.serving.workbench import add_workbench  # noqa: E402
 from feyntune.telemetry import log  # noqa: E402
 
 
-class Parameters(BaseModel):
+class Parameters(SamplingFields):
     """What V1 and V2 requests may set. Greedy unless asked otherwise."""
 
-    model_config = ConfigDict(extra="forbid")
+    default_temperature = 0.0
 
-    max_tokens: int = Field(16, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[str] = []
+    max_tokens: int | None = Field(None, ge=1)
 
     @classmethod
     def read(cls, given: Any) -> "Parameters":
-        if isinstance(given, dict) and isinstance(given.get("stop"), str):
-            given = given | {"stop": [given["stop"]]}
         try:
             return cls.model_validate(given)
         except ValidationError as e:
             error = e.errors()[0]
-            field = ".".join(str(p) for p in error["loc"]) or "parameters"
-            raise InvalidInput(f"{field}: {error['msg']}") from e
+            raise InvalidInput(f"{faulty_field(error['loc']) or 'parameters'}: {error['msg']}") from e
 
 
 class NamedModel(kserve.Model):
@@ -107,15 +102,13 @@ class NamedModel(kserve.Model):
         limits = self.server.limits
         if not 0 < len(texts) <= limits.choices:
             raise InvalidInput(f"{len(texts)} texts: give between 1 and {limits.choices}")
-        if len(asked.stop) > limits.stop or not all(0 < len(s) <= limits.stop_characters for s in asked.stop):
-            raise InvalidInput(f"stop: at most {limits.stop} strings of 1 to {limits.stop_characters} characters")
+        stop = asked.stops(limits.stop)
+        engine, _, _ = self.server.require_ready()
+        # The same for each: what a prompt's seed gives does not depend on its place in the list.
+        sampling = asked.sampling(0, asked.max_tokens or 16, engine.vocabulary)
         prompts = [await self.server.tokens(text) for text in texts]
         with CompletionRequest(self.server, self.name, protocol) as request:
-            choices = []
-            for ids in prompts:
-                seed = None if asked.seed is None else asked.seed % 2**63
-                sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p, seed)
-                choices.append(request.complete(ids, sampling, asked.stop))
+            choices = [request.complete(ids, sampling, stop) for ids in prompts]
             return list(await asyncio.gather(*(choice.text() for choice in choices)))
         raise AssertionError("unreachable")
 
@@ -124,12 +117,24 @@ def _v1_texts(payload: Any) -> list[str]:
     instances = payload.get("instances") if isinstance(payload, dict) else None
     if not isinstance(instances, list) or not all(isinstance(i, str) for i in instances):
         raise InvalidInput('send JSON: {"instances": ["text", ...], "parameters": {"max_tokens": 16}}')
+    if unknown := next((k for k in payload if k not in ("instances", "parameters", "signature_name")), None):
+        raise InvalidInput(f"{unknown[:60]}: send settings within `parameters`")
     return instances
+
+
+_V2_BODY = "send one input tensor, `text`, of datatype BYTES"
 
 
 def _v2_texts(payload: kserve.InferRequest) -> list[str]:
     if len(payload.inputs) != 1 or payload.inputs[0].name != "text" or payload.inputs[0].datatype != "BYTES":
-        raise InvalidInput("send one input tensor, `text`, of datatype BYTES")
+        raise InvalidInput(_V2_BODY)
+    for output in payload.request_outputs or []:
+        if output.name not in ("text", "finish_reason") or not isinstance(output.parameters or {}, Mapping):
+            raise InvalidInput(f"outputs: there are `text` and `finish_reason`, not {str(output.name)[:60]!r}")
+    if not isinstance(payload.id or "", str):
+        raise InvalidInput("id: give a string")
+    if any(not isinstance(n, int) or n < 0 for n in payload.inputs[0].shape):
+        raise InvalidInput("shape: give the number of texts, as [2]")
     try:
         data = payload.inputs[0].as_numpy().ravel().tolist()
         return [t.decode() if isinstance(t, bytes) else str(t) for t in data]
@@ -153,6 +158,8 @@ _KSERVES = {
 
 def _v2_parameters(payload: kserve.InferRequest) -> Parameters:
     given = {}
+    if not isinstance(payload.parameters or {}, Mapping):
+        raise InvalidInput("parameters: give an object")
     for name, value in (payload.parameters or {}).items():
         if name in _KSERVES:
             continue
@@ -172,13 +179,15 @@ class _DataPlane(DataPlane):
     async def ready(self) -> bool:
         return self.server.ready
 
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
+    def decode(self, body: Any, headers: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(body, bytes):  # V2, of which all is JSON where no header says otherwise
+            headers = {INFERENCE_CONTENT_LENGTH_HEADER: str(len(body)), **headers}
         try:
-            return super().decode(*args, **kwargs)
+            return super().decode(body, headers, *args, **kwargs)
         except InvalidInput:
             raise
         except Exception as e:  # whatever is wrong with it, the body is the client's
-            raise InvalidInput(f"the request cannot be read ({type(e).__name__}: {e})") from e
+            raise InvalidInput(f"the request cannot be read ({type(e).__name__}: {e}): {_V2_BODY}") from e
 
 
 class _Repository(ModelRepositoryExtension):
@@ -203,7 +212,7 @@ class _Rest(RESTServer):
         await self._server.serve(sockets=[self.socket])
 
     def _register_endpoints(self, app: FastAPI) -> None:
-        app.title = "feyntune"
+        app.title, app.version = "feyntune", VERSION
         openai = openai_api.router(self.server)
         app.include_router(openai)
         app.include_router(tokenize_api.router(self.server))
@@ -212,9 +221,40 @@ class _Rest(RESTServer):
                 path = route.path.removeprefix("/openai")
                 app.add_api_route(path, route.endpoint, methods=["POST"], include_in_schema=False)
         add_workbench(app, self.workbench, self.dataplane.live)
+        for path in ("/health", "/ping"):  # what probes of vLLM's and of SageMaker's servers ask
+            app.add_api_route(path, self.health, tags=["V2"], responses={503: {}})
+        app.add_api_route("/version", self.version, tags=["V2"])
+        app.add_api_route(
+            "/v2/models/{model_name}/infer", self.infer, methods=["POST"], tags=["V2"], response_model=None
+        )
+        app.add_api_route("/v1/models", self.models, tags=["V1"], responses={503: {}})
+        app.add_api_route("/v1/models/{name}", self.model, tags=["V1"], responses={404: {}, 503: {}})
         app.add_api_route("/cards/{name}", self.card, response_class=PlainTextResponse, responses={404: {}, 503: {}})
         app.add_api_route("/v2/health/ready", self.ready, tags=["V2"], responses={503: {}})
         super()._register_endpoints(app)
+
+    async def health(self) -> Response:
+        """200 while the engine is alive, also while the base loads: see /v2/health/ready before sending requests."""
+        return Response(status_code=200 if self.server.alive else 503)
+
+    async def version(self) -> dict[str, str]:
+        """This package's."""
+        return {"version": VERSION}
+
+    async def infer(self, raw_request: HttpRequest, raw_response: Response, model_name: str) -> Any:
+        """KServe's own, which decodes the body instead of pydantic: that describes each of many thousand faults."""
+        body = await raw_request.body()
+        endpoints = V2Endpoints(self.dataplane, self.model_repository_extension)
+        return await endpoints.infer(raw_request, raw_response, model_name, body)
+
+    async def models(self) -> dict[str, Any]:
+        """The models as KServe's V1 lists them, and as OpenAI does."""
+        listed = openai_api.list_models(self.server)
+        return {"models": [model["id"] for model in listed["data"]], **listed}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One model as KServe's V1 shows it, and as OpenAI does."""
+        return {"name": name, "ready": self.server.ready, **openai_api.show_model(self.server, name)}
 
     async def ready(self) -> Response:
         """Whether the base answers and the registry was read; what is served and what was refused."""
@@ -256,7 +296,7 @@ class _Rest(RESTServer):
 
         async def invalid(request: HttpRequest, e: RequestValidationError) -> Response:
             first = e.errors()[0]
-            param = ".".join(str(p) for p in first["loc"] if p != "body").encode(errors="replace").decode()
+            param = faulty_field(first["loc"])
             error = ApiError(400, "invalid_request", f"{param or 'body'}: {first['msg']}", param=param or None)
             return error_response(request.url.path, error)
 

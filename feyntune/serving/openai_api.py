@@ -21,7 +21,7 @@ from feyntune.constants import VERSION_HEADER
 from feyntune.engine.api import Token
 from feyntune.names import BASE, slug
 from feyntune.serving.completions import ApiError, Chunk, Completion, CompletionRequest, Server
-from feyntune.serving.openai_fields import ChatBody, CompletionBody, SamplingFields
+from feyntune.serving.openai_fields import ChatBody, CompletionBody, OpenAIFields
 from feyntune.serving.text import Detokenizer
 
 PREFIX = "/openai/v1"
@@ -47,19 +47,12 @@ def router(server: Server) -> APIRouter:
     @routes.get("/models", responses=errors)
     async def models() -> dict[str, Any]:
         """The base, the adapters and the aliases, with their lineage."""
-        _, catalog, _ = server.require_ready()
-        names = [BASE, *sorted(catalog.names, key=lambda n: (n in catalog.aliases, n))]
-        return {"object": "list", "data": [_model(server, name) for name in names]}
+        return list_models(server)
 
     @routes.get("/models/{model:path}", responses=errors)
     async def model(model: str) -> dict[str, Any]:
         """One of them, by any of its names."""
-        _, catalog, _ = server.require_ready()
-        target = server.target(model)
-        name = slug(model)
-        if name not in catalog.names:
-            name = target.label
-        return _model(server, name)
+        return show_model(server, model)
 
     @routes.post("/completions", responses=errors)
     async def completions(asked: CompletionBody) -> Response:
@@ -72,6 +65,21 @@ def router(server: Server) -> APIRouter:
         return await _chat(server, asked)
 
     return routes
+
+
+def list_models(server: Server) -> dict[str, Any]:
+    """OpenAI's list of models."""
+    _, catalog, _ = server.require_ready()
+    names = [BASE, *sorted(catalog.names, key=lambda n: (n in catalog.aliases, n))]
+    return {"object": "list", "data": [_model(server, name) for name in names]}
+
+
+def show_model(server: Server, model: str) -> dict[str, Any]:
+    """OpenAI's description of a model, by any of its names."""
+    _, catalog, _ = server.require_ready()
+    target = server.target(model)
+    name = slug(model)
+    return _model(server, name if name in catalog.names else target.label)
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:
@@ -312,7 +320,7 @@ class _Answer:
     """Several completions as one response, whole or streamed."""
 
     server: Server
-    asked: SamplingFields
+    asked: OpenAIFields
     prefix: str
     whole: str  # OpenAI's `object`
     chunk: str

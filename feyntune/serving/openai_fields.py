@@ -4,8 +4,9 @@ A field that would change the answer and is not supported is refused, never igno
 fault: a body of a megabyte can hold a hundred thousand, and pydantic would describe each.
 """
 
-from collections.abc import Container
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -41,38 +42,63 @@ Stop = Annotated[Text, StringConstraints(max_length=_STOP_CHARACTERS)]
 
 # Fields that clients send without being asked, at values that ask for nothing; None asks for nothing anywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "prompt_logprobs"), ([], {}, 0, False)),
-    **dict.fromkeys(("store", "parallel_tool_calls", "truncate_prompt_tokens", "echo", "best_of"), (False, True, 1)),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "allowed_token_ids"), ([],)),
+    **dict.fromkeys(("tool_calls", "annotations"), ([],)),  # of a message
+    **dict.fromkeys(("store", "parallel_tool_calls", "include_reasoning"), (False, True)),
+    **dict.fromkeys(("n", "best_of", "length_penalty"), (1, 1.0)),
+    **dict.fromkeys(("echo", "stream", "early_stopping", "use_beam_search", "continue_final_message"), (False,)),
+    **dict.fromkeys(("include_stop_str_in_output", "continuous_usage_stats", "return_token_ids"), (False,)),
+    "return_tokens_as_token_ids": (False,),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "chat_template_kwargs": ({},),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
-    "use_beam_search": (False,),
     "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (True, False),
 }
-_IGNORED = {"metadata", "user", "safety_identifier", "prompt_cache_key", "priority", "request_id"}  # change no answer
+# Change no answer.
+_IGNORED = {
+    *("metadata", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("priority", "request_id"),
+}
 
 
-def _drop_neutral(data: Any, fields: Container[str]) -> Any:
-    """A JSON object without the fields that ask for nothing; the first that asks for something is refused."""
-    if not isinstance(data, dict):
-        return data
-    known = {}
-    for name, value in data.items():
-        if name in fields:
-            known[name] = value
-        elif value is not None and name not in _IGNORED and value not in _NEUTRAL.get(name, ()):
-            shown = name[:60].encode(errors="replace").decode()
-            raise ApiError(400, "unsupported", f"{shown}: this server does not support it; leave it out.", param=shown)
-    return known
+def _is_neutral(name: str, value: Any) -> bool:
+    same = (value == n and type(value) is type(n) for n in _NEUTRAL.get(name, ()))  # 0 == False, in Python
+    return value is None or name in _IGNORED or any(same)
+
+
+def faulty_field(location: Sequence[int | str]) -> str:
+    """The field of a pydantic error, without the names of the types that it could have had: prompt.0."""
+    kept = [p for p in location if isinstance(p, int) or not re.search(r"[^\w]|^(str|int|float|body)$", p)]
+    return ".".join(map(str, kept)).encode(errors="replace").decode()
+
+
+class Fields(BaseModel):
+    """A JSON object of named fields. What asks for nothing is accepted, the first that asks for anything else is
+    refused: pydantic would describe each of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                known[name] = value
+            elif not _is_neutral(name, value):
+                shown = name[:60].encode(errors="replace").decode()
+                raise ApiError(
+                    400, "unsupported", f"{shown}: this server does not support it; leave it out.", param=shown
+                )
+        return known
 
 
 _BIASED = 1024
@@ -85,26 +111,20 @@ def _few(value: Any) -> Any:
     return value
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(Fields):
     include_usage: bool | None = False
     include_obfuscation: bool | None = Field(False, description="accepted, and not done")
 
 
-class SamplingFields(BaseModel):
-    """What completions and chat completions have in common."""
+class SamplingFields(Fields):
+    """How a completion is drawn, in every protocol."""
 
-    model_config = ConfigDict(extra="forbid")
+    default_temperature: ClassVar[float] = 1.0
 
-    model: Name
     temperature: float | None = Field(None, ge=0, le=2, description="1 if not given; 0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(False, description="continue to max_tokens (for measurements)")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -116,11 +136,6 @@ class SamplingFields(BaseModel):
     logit_bias: Annotated[dict[str, float], BeforeValidator(_few), Field(max_length=_BIASED)] | None = Field(
         None, description="token id, as text, to what is added to its logit: -100 to 100"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_neutral(cls, data: Any) -> Any:
-        return _drop_neutral(data, cls.model_fields)
 
     def stops(self, most: int) -> list[str]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -147,7 +162,7 @@ class SamplingFields(BaseModel):
         the prompt's place in a list."""
         return Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=self.default_temperature if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=None if self.seed is None else (self.seed + index) % 2**63,
             logprobs=logprobs,
@@ -163,14 +178,23 @@ class SamplingFields(BaseModel):
         )
 
 
-class CompletionBody(SamplingFields):
+class OpenAIFields(SamplingFields):
+    """What completions and chat completions have in common."""
+
+    model: Name
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+
+class CompletionBody(OpenAIFields):
     prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=0, description="16 if not given; 0 needs echo")
     logprobs: int | None = Field(None, ge=0)
     echo: bool | None = False
     best_of: int | None = Field(None, ge=1, description="n, or not given")
     suffix: Literal[""] | None = None
-    return_token_ids: Literal[False] | None = None
+    add_special_tokens: Literal[True] | None = Field(None, description="BOS before the prompt: always")
 
 
 class Part(BaseModel):
@@ -178,18 +202,12 @@ class Part(BaseModel):
     text: Text
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Message(Fields):
+    """A message as a client's SDK gave it comes back with its empty fields."""
 
     role: Literal["system", "user", "assistant", "developer"]
     content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = None
     name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_neutral(cls, data: Any) -> Any:
-        """A message as a client's SDK gave it comes back with its empty fields."""
-        return _drop_neutral(data, cls.model_fields)
 
     @property
     def text(self) -> str:
@@ -203,9 +221,10 @@ class Message(BaseModel):
         return {"role": self.role, "content": self.text}
 
 
-class ChatBody(SamplingFields):
+class ChatBody(OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, description="with logprobs")
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    add_special_tokens: Literal[False] | None = Field(None, description="the template has them")

@@ -5,17 +5,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import ORJSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from feyntune.serving.completions import ApiError, Server
-from feyntune.serving.openai_fields import Message, Name, Text, TokenId
+from feyntune.serving.openai_fields import Fields, Message, Name, Text, TokenId
 
 PATHS = ("/tokenize", "/detokenize")
 
 
-class TokenizeBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TokenizeBody(Fields):
     model: Name | None = Field(None, description="any name of the model list: all share the base's tokenizer")
     prompt: Text | None = Field(None, description="or messages")
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
@@ -24,9 +22,7 @@ class TokenizeBody(BaseModel):
     return_token_strs: bool | None = False
 
 
-class DetokenizeBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class DetokenizeBody(Fields):
     model: Name | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 

@@ -36,11 +36,32 @@ def hostile_bodies() -> list[tuple[str, bytes]]:
         {"model": "../../etc/passwd"},
         {"model": "x" * 200_000},
         {"stream": {"a": 1}},
+        {"stream_options": {str(i): i for i in range(50_000)}},
+        {str(i): i for i in range(50_000)},
     ]
     bodies = [(COMPLETIONS, json.dumps(asked | w).encode()) for w in wrong]
     bodies += [(COMPLETIONS, b"[" * 50_000), (COMPLETIONS, b'{"model":"base","prompt":' + b"[" * 50_000)]
     bodies += [(COMPLETIONS, b"\xff\xfe"), (COMPLETIONS, b"x" * (2 << 20))]
     bodies += [("/v1/models/base:predict", b"[" * 50_000), ("/v2/models/base/infer", b'{"inputs":[{}]}')]
+    texts = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["x"]}
+    many = {"stop": [{}] * 50_000}, {str(i): i for i in range(50_000)}
+    for parameters in (*many, [1], 5, {"stop": [{}]}, {"logit_bias": {str(i): 1 for i in range(5000)}}):
+        bodies.append(("/v1/models/base:predict", json.dumps({"instances": ["x"], "parameters": parameters}).encode()))
+        bodies.append(("/v2/models/base/infer", json.dumps({"inputs": [texts], "parameters": parameters}).encode()))
+    tensors = (
+        [{}] * 50_000,
+        [texts] * 2,
+        [texts | {"shape": [10**12]}],
+        [texts | {"shape": [-1]}],
+        ["x"],
+        {"a": 1},
+        None,
+    )
+    for inputs in tensors:
+        bodies.append(("/v2/models/base/infer", json.dumps({"inputs": inputs}).encode()))
+    for wrong in ({"outputs": [{"name": "x"}]}, {"outputs": [{"name": "text", "parameters": [1]}]}, {"id": [5]}):
+        bodies.append(("/v2/models/base/infer", json.dumps({"inputs": [texts], **wrong}).encode()))
+    bodies += [("/tokenize", json.dumps({"prompt": "x"} | {str(i): i for i in range(50_000)}).encode())]
     bodies += [("/detokenize", b'{"tokens":[99999999]}'), ("/tokenize", b'{"prompt":' + b"[" * 50_000)]
     return bodies
 
@@ -98,6 +119,21 @@ _fields = [
 ]
 bodies = st.dictionaries(st.sampled_from(_fields), _junk, max_size=6).map(
     lambda fields: {"model": "base", "prompt": "x", "max_tokens": 2} | fields
+)
+# Of KServe's protocols, by path.
+_tensor = st.dictionaries(st.sampled_from(["name", "shape", "datatype", "data", "parameters"]), _junk).map(
+    lambda fields: {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["x"]} | fields
+)
+_settings = st.dictionaries(st.sampled_from(_fields), _junk, max_size=4)
+kserve_bodies = st.one_of(
+    st.tuples(st.just("/v1/models/base:predict"), st.fixed_dictionaries({"instances": _junk, "parameters": _settings})),
+    st.tuples(st.just("/v1/models/base:predict"), st.just({"instances": ["x"]}).map(dict) | _settings),
+    st.tuples(
+        st.just("/v2/models/base/infer"),
+        st.fixed_dictionaries(
+            {"inputs": st.lists(_tensor, max_size=2)}, optional={"parameters": _settings, "outputs": _junk, "id": _junk}
+        ),
+    ),
 )
 configs = st.dictionaries(
     st.sampled_from(

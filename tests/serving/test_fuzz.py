@@ -22,7 +22,7 @@ from feyntune.engine.lora import projections, read_adapter
 from feyntune.model.load import load_base
 from tests.serving.conftest import gauge, settles
 from tests.serving.factories import save_adapter
-from tests.serving.hostile import bodies, configs, hostile_adapters, hostile_bodies, weight_changes
+from tests.serving.hostile import bodies, configs, hostile_adapters, hostile_bodies, kserve_bodies, weight_changes
 
 # The same cases each time, so that a red CI is somebody's change; FEYNTUNE_FUZZ=1000 draws so many new ones.
 EXAMPLES = settings(
@@ -92,7 +92,15 @@ def test_what_is_hostile_is_refused_and_liveness_answers_throughout(endpoint):
             answer = post(path, json.dumps(body))
             assert answer.status_code < 500, answer.text
 
+        @EXAMPLES
+        @given(kserve_bodies)
+        def ask_kserve(asked):
+            path, body = asked
+            answer = post(path, json.dumps(body))
+            assert answer.status_code < 500, (body, answer.text)
+
         ask()
+        ask_kserve()
     finally:
         over.set()
         watcher.join()

@@ -89,6 +89,37 @@ def test_seeded_sampling_and_stop_strings(endpoint):
     assert httpx.post(url, json=ask).json()["predictions"][0] == first[: first.index(first[4:7])]
 
 
+NEUTRAL = {
+    **{"max_tokens": None, "temperature": None, "top_p": None, "seed": None, "stop": None, "top_k": 0, "n": 1},
+    **{"stream": False, "best_of": 1, "user": "me", "repetition_penalty": 1.0, "logit_bias": {}, "stop_token_ids": []},
+}
+
+
+def test_parameters_that_ask_for_nothing_are_accepted(endpoint):
+    plain = httpx.post(f"{endpoint.url}/v1/models/base:predict", json={"instances": TEXTS}).json()
+    asked = {"instances": TEXTS, "parameters": NEUTRAL, "signature_name": "serving_default"}
+    assert httpx.post(f"{endpoint.url}/v1/models/base:predict", json=asked).json() == plain
+    tensor = {"name": "text", "shape": [len(TEXTS)], "datatype": "BYTES", "data": TEXTS}
+    asked = {"inputs": [tensor], "parameters": NEUTRAL}
+    outputs = httpx.post(f"{endpoint.url}/v2/models/base/infer", json=asked).json()["outputs"]
+    assert outputs[0]["data"] == plain["predictions"]
+
+
+def test_settings_of_sampling_are_the_same_in_every_protocol(endpoint, tokenizer):
+    ask = {"max_tokens": 6, "temperature": 1.5, "seed": 4, "top_k": 3, "min_p": 0.01, "frequency_penalty": 0.5}
+    openai = {"model": "champion", "prompt": TEXTS[0], **ask}
+    expected = httpx.post(f"{endpoint.url}/v1/completions", json=openai).json()["choices"][0]["text"]
+    answer = httpx.post(f"{endpoint.url}/v1/models/champion:predict", json={"instances": TEXTS[:1], "parameters": ask})
+    assert answer.json() == {"predictions": [expected]}
+
+    async def by_grpc():
+        client = InferenceGRPCClient(f"127.0.0.1:{endpoint.grpc_port}", timeout=60)
+        given = {k: str(v) if isinstance(v, float) else v for k, v in ask.items()}  # this client's way with floats
+        return await client.infer(request(texts=TEXTS[:1], **given))
+
+    assert asyncio.run(by_grpc()).get_output_by_name("text").data == [expected.encode()]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -105,6 +136,9 @@ def test_seeded_sampling_and_stop_strings(endpoint):
         '{"instances": ["x"], "parameters": {"stop": [""]}}',
         '{"instances": ["x"], "parameters": {"temperature": "warm"}}',
         '{"instances": ["x"], "parameters": {"max_new_tokens": 20}}',
+        '{"instances": ["x"], "parameters": {"n": 2}}',
+        '{"instances": ["x"], "parameters": {"top_k": -7}}',
+        '{"instances": ["x"], "max_tokens": 20}',
     ],
 )
 def test_a_wrong_v1_body_is_a_400_with_one_sentence(endpoint, body):
@@ -125,6 +159,8 @@ def test_a_wrong_v1_body_is_a_400_with_one_sentence(endpoint, body):
         {"name": "text", "shape": [0], "datatype": "BYTES", "data": []},
         {"name": "text", "shape": [1], "datatype": "BYTES"},
         {"name": "text", "shape": [1], "datatype": "TEXT", "data": ["x"]},
+        {"name": "text", "shape": [-1], "datatype": "BYTES", "data": ["x"]},
+        {"name": "text", "shape": "1", "datatype": "BYTES", "data": ["x"]},
     ],
 )
 def test_a_wrong_v2_tensor_is_a_400(endpoint, tensor):
@@ -140,9 +176,25 @@ def test_clients_cannot_load_or_unload(endpoint):
     assert httpx.get(f"{endpoint.url}/v2/models/champion/ready").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"parameters": [1]}, {"outputs": [{"name": "x"}]}, {"outputs": [{"name": "text", "parameters": [1]}]}, {"id": 5}],
+)
+def test_a_wrong_v2_body_is_a_400(endpoint, wrong):
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["x"]}
+    answer = httpx.post(f"{endpoint.url}/v2/models/base/infer", json={"inputs": [tensor], **wrong})
+    assert answer.status_code == 400, answer.text
+    assert next(iter(wrong)) in answer.json()["error"]
+
+
 def test_models_describe_themselves(endpoint):
-    names = httpx.get(f"{endpoint.url}/v1/models").json()["models"]
-    assert {"base", "champion", "previous", "hep-ph_gr-qc.lora-qkv"} <= set(names)
+    """`/v1/models` answers KServe's clients and OpenAI's, which both ask there."""
+    listed = httpx.get(f"{endpoint.url}/v1/models").json()
+    assert {"base", "champion", "previous", "hep-ph_gr-qc.lora-qkv"} <= set(listed["models"])
+    assert listed["data"] == httpx.get(f"{endpoint.url}/openai/v1/models").json()["data"]
+    one = httpx.get(f"{endpoint.url}/v1/models/champion").json()
+    assert (one["name"], one["ready"], one["id"], one["object"]) == ("champion", True, "champion", "model")
+    assert httpx.get(f"{endpoint.url}/v1/models/nobody").status_code == 404
     metadata = httpx.get(f"{endpoint.url}/v2/models/champion").json()
     assert metadata["inputs"][0]["name"] == "text"
     assert httpx.get(f"{endpoint.url}/v2/models/nobody").status_code == 404

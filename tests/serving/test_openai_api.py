@@ -9,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from feyntune.constants import VERSION
 from feyntune.model.load import load_tokenizer, prompt
 from feyntune.names import slug
+from feyntune.serving.completions import ApiError
+from feyntune.serving.openai_fields import ChatBody
 from tests.serving.conftest import gauge, serving, settles
 
 TEXTS = ["The soup needs", "A loaf has a good smell. Our oven", "größe 😀 the"]
@@ -336,6 +339,7 @@ def test_every_answer_has_the_requests_own_id_or_a_new_one(endpoint):
     ("method", "path", "status"),
     [
         ("POST", "/openai/v1/embeddings", 404),
+        ("POST", "/v1/responses", 404),
         ("GET", "/openai/v1/completions", 405),
         ("DELETE", "/openai/v1/models/base", 405),
         ("GET", "/v1/chat/completions", 405),
@@ -398,11 +402,62 @@ def test_settings_of_sampling_change_what_is_drawn(client, tokenizer):
     assert len(set(spread)) > len(set(plain))
 
 
+NEUTRAL = {
+    **{"top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "min_tokens": 0, "stop_token_ids": [], "logit_bias": {}},
+    **{"n": 1, "stop": [], "seed": None, "stream": False, "stream_options": None, "presence_penalty": 0, "user": "me"},
+    **{"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}},
+    **{"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "modalities": ["text"], "functions": None},
+    **{"skip_special_tokens": True, "length_penalty": 1.0, "truncate_prompt_tokens": None, "guided_json": None},
+}
+
+
 def test_fields_that_ask_for_nothing_are_accepted(endpoint):
-    fields = {"top_k": -1, "repetition_penalty": 1.0, "min_tokens": 0, "stop_token_ids": [], "tools": []}
-    fields |= {"skip_special_tokens": True, "metadata": {"a": "b"}, "store": False, "service_tier": None}
-    body = {"model": "base", "prompt": "The soup", "max_tokens": 2, **fields}
-    assert httpx.post(f"{endpoint.url}/openai/v1/completions", json=body, timeout=60).status_code == 200
+    own = {"best_of": 1, "suffix": "", "echo": False, "logprobs": None, "add_special_tokens": True}
+    body = {"model": "base", "prompt": "The soup", "max_tokens": 2, **NEUTRAL, **own}
+    answer = httpx.post(f"{endpoint.url}/openai/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_conversation_of_another_server_is_accepted():
+    message = {"role": "assistant", "content": "Yes.", "refusal": None, "annotations": [], "audio": None}
+    message |= {"tool_calls": [], "function_call": None, "reasoning": None}
+    own = {"logprobs": False, "top_logprobs": 0, "add_generation_prompt": True, "echo": False, "verbosity": "medium"}
+    asked = ChatBody.model_validate({"model": "base", "messages": [message], **NEUTRAL, **own})
+    assert asked.messages[0].shown == {"role": "assistant", "content": "Yes."}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"echo": True},
+        {"truncate_prompt_tokens": 1},
+        {"prompt_logprobs": 0},
+        {"add_special_tokens": True},
+        {"tools": [{}]},
+        {"tool_choice": "required"},
+        {"best_of": True},
+        {"continue_final_message": True},
+    ],
+)
+def test_what_would_change_a_conversations_answer_is_refused(field):
+    asked = {"model": "base", "messages": [{"role": "user", "content": "x"}], **field}
+    with pytest.raises((ApiError, ValidationError), match=next(iter(field))):
+        ChatBody.model_validate(asked)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_probes_of_other_servers_are_answered(endpoint, path):
+    for ask in (httpx.get, httpx.head):
+        answer = ask(endpoint.url + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert httpx.get(f"{endpoint.url}/version").json() == {"version": VERSION}
+
+
+def test_whoever_asks_for_the_head_of_a_page_gets_it(endpoint):
+    for path in ("/openai/v1/models", "/v2/health/ready", "/v1/models"):
+        answer = httpx.head(endpoint.url + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert httpx.head(f"{endpoint.url}/openai/v1/completions").status_code == 405
 
 
 def test_a_prompt_that_begins_with_the_text_of_bos_has_it_once(client, tokenizer):
