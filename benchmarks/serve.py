@@ -343,7 +343,7 @@ async def soak(folder: Path, base: str, seconds: float, vllm: str | None = None)
     }
 
 
-# Once a second: how long liveness took, and how much later than asked for the prober itself went on.
+# Once a second: how long liveness took, and how much later than asked for the prober itself woke up.
 _PROBE = """
 import json, sys, time, urllib.request
 end, slowest, latest = time.monotonic() + float(sys.argv[2]), 0, 0

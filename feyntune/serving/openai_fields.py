@@ -74,8 +74,8 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 def faulty_field(location: Sequence[int | str]) -> str:
     """The field of a pydantic error, without the names of the types that it could have had: prompt.0."""
-    kept = [p for p in location if isinstance(p, int) or not re.search(r"[^\w]|^(str|int|float|body)$", p)]
-    return ".".join(map(str, kept)).encode(errors="replace").decode()
+    parts = [p for p in location if isinstance(p, int) or not re.search(r"[^\w]|^(str|int|float|body)$", p)]
+    return ".".join(map(str, parts)).encode(errors="replace").decode()
 
 
 class Fields(BaseModel):
