@@ -182,6 +182,7 @@ class Engine(Protocol):
 
     max_length: int  # most tokens of prompt and completion together
     vocabulary: int  # token ids are below this
+    adapter_bytes: int  # more than any adapter's files have that it could serve
 
     def start(self) -> None: ...
     def stop(self) -> None: ...

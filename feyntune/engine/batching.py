@@ -44,7 +44,7 @@ from feyntune.engine.api import (
 )
 from feyntune.engine.attention import NO_CACHE, install_attention
 from feyntune.engine.fair_queue import FairQueue
-from feyntune.engine.lora import Weights, install, projections, read_adapter
+from feyntune.engine.lora import Weights, install, largest_adapter, projections, read_adapter
 from feyntune.engine.manager import PAGE, Manager, Running, Slot
 from feyntune.engine.sampling import with_log_probabilities
 from feyntune.model.packed import backbone, head
@@ -80,6 +80,7 @@ class BatchingEngine:
         self._eos = list(eos)
         install_attention()
         self._projections = projections(model)
+        self.adapter_bytes = largest_adapter(self._projections, settings.max_rank)
         self._slots, self._layers = install(model, settings.max_adapters, settings.max_rank, model.dtype)
         self._adapters: dict[str, Slot] = {}
         self._requests: dict[str, Running] = {}  # admitted ones; read by the engine's thread

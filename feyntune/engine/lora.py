@@ -129,6 +129,11 @@ def projections(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
+def largest_adapter(layers: Mapping[str, tuple[int, int]], max_rank: int) -> int:
+    """Bytes of the files of an adapter of `max_rank` on every layer in fp32, with room for what lies beside it."""
+    return 4 * max_rank * sum(sum(features) for features in layers.values()) + (64 << 20)
+
+
 def read_adapter(folder: Path, layers: Mapping[str, tuple[int, int]], max_rank: int) -> Weights:
     """The weights of a PEFT LoRA folder, checked against the base's `projections`; no file but safetensors is read.
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.store import StoreError
 from feyntune.engine.api import (
     Engine,
@@ -200,17 +201,10 @@ class Catalog:
 
     async def _load(self, version: ServedVersion) -> None:
         started = time.monotonic()
+        self._check(await asyncio.to_thread(self.source.manifest, version))
         folder = Path(tempfile.mkdtemp(prefix="feyntune-adapter-"))
         try:
-            manifest = await asyncio.to_thread(self.source.fetch, version, folder / "adapter")
-            base = manifest.inputs.get("base")
-            if base != self.base_digest:
-                raise InvalidAdapterError(
-                    f"it was trained on base {str(base)[:16]}, this endpoint serves base {self.base_digest[:16]}"
-                )
-            foreign = [name for name in manifest.files if name.endswith(_RUNS_CODE)]
-            if foreign:
-                raise InvalidAdapterError(f"it holds {foreign[0]}: only safetensors and JSON are read")
+            self._check(await asyncio.to_thread(self.source.fetch, version, folder / "adapter"))
             await self.engine.load_adapter(version.digest, folder / "adapter")
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -218,6 +212,23 @@ class Catalog:
         metrics.LOADS.labels(slug(version.variant), "loaded").inc()
         metrics.LOAD_SECONDS.observe(time.monotonic() - started)
         log.info("adapter %s is loaded (%.2f s)", version.name, time.monotonic() - started)
+
+    def _check(self, manifest: Manifest) -> None:
+        """Refuse what need not be copied to be refused: an adapter of another base would be copied by every replica,
+        and one of any size would fill its disk."""
+        base = manifest.inputs.get("base")
+        if base != self.base_digest:
+            raise InvalidAdapterError(
+                f"it was trained on base {str(base)[:16]}, this endpoint serves base {self.base_digest[:16]}"
+            )
+        foreign = [name for name in manifest.files if name.endswith(_RUNS_CODE)]
+        if foreign:
+            raise InvalidAdapterError(f"it holds {foreign[0]}: only safetensors and JSON are read")
+        size = sum(file.size for file in manifest.files.values())
+        if size > self.engine.adapter_bytes:
+            raise InvalidAdapterError(
+                f"its files have {size} bytes, an adapter that can be served at most {self.engine.adapter_bytes}"
+            )
 
     def _unload_all_but(self, digests: set[str]) -> int:
         """Returns how many were unloaded; a slot is free once the requests it still answers have ended."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from feyntune.artifacts.artifact import Manifest
-from feyntune.artifacts.store import pull
+from feyntune.artifacts.names import StoreError
+from feyntune.artifacts.store import pull, stored_manifest
 from feyntune.names import slug
 from feyntune.registry.models import Version
 from feyntune.registry.registry import Registry
@@ -53,6 +54,7 @@ class AdapterSource(Protocol):
 
     def revision(self) -> str: ...
     def snapshot(self) -> RegistrySnapshot: ...
+    def manifest(self, version: ServedVersion) -> Manifest: ...
     def fetch(self, version: ServedVersion, folder: Path) -> Manifest: ...
     def card(self, version: ServedVersion) -> str: ...
 
@@ -80,6 +82,18 @@ class RegistrySource:
             aliases=frozenset(aliases),
             staging=_served_version(staging[-1]) if staging else None,
         )
+
+    def manifest(self, version: ServedVersion) -> Manifest:
+        """What a version consists of, before any of it is copied.
+
+        Raises:
+            UserError: the store does not answer, or nothing is there.
+        """
+        where = self._versions[version.name].adapter
+        manifest = stored_manifest(self.registry.store, where)
+        if manifest is None:
+            raise StoreError(f"{self.registry.store.uri}/{where} is missing: restore it.")
+        return manifest
 
     def fetch(self, version: ServedVersion, folder: Path) -> Manifest:
         """Copy a version to `folder`, every file checked against its manifest.

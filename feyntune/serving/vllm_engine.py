@@ -10,6 +10,7 @@ keeps such numbers and gives them to whoever gets the same block next.
 """
 
 import asyncio
+import json
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from feyntune.engine.api import (
     received,
 )
 from feyntune.engine.fair_queue import FairQueue
-from feyntune.engine.lora import read_adapter
+from feyntune.engine.lora import TARGETS, largest_adapter, read_adapter
 from feyntune.serving.vllm_process import BASE, VllmProcess
 from feyntune.telemetry import log
 
@@ -101,6 +102,7 @@ class VllmEngine:
         self.settings, self.vocabulary, self.max_length = settings, vocabulary, max_length
         self.process = process
         self._eos, self._projections = list(eos), projections
+        self.adapter_bytes = largest_adapter(projections, settings.max_rank)
         self._adapters: dict[str, _Adapter] = {}
         self._waiting: FairQueue[_Request] = FairQueue()
         self._running: set[_Request] = set()
@@ -483,5 +485,8 @@ def _message(answer: bytes) -> str:
 def _keep(folder: Path, copy: Path) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(folder / name, copy / name)
+    shutil.copyfile(folder / "adapter_model.safetensors", copy / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    known = {k: config[k] for k in ("peft_type", "r", "lora_alpha", "use_rslora") if config.get(k) is not None}
+    # `read_adapter` takes any value of the fields that mean nothing to the weights; vLLM may not.
+    (copy / "adapter_config.json").write_bytes(orjson.dumps(known | {"target_modules": list(TARGETS), "bias": "none"}))

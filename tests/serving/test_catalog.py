@@ -8,9 +8,9 @@ import random
 import pytest
 from prometheus_client import REGISTRY
 
-from feyntune.artifacts.artifact import Manifest
+from feyntune.artifacts.artifact import File, Manifest
 from feyntune.artifacts.store import StoreError
-from feyntune.engine.api import NoFreeSlotError
+from feyntune.engine.api import InvalidAdapterError, NoFreeSlotError
 from feyntune.registry.registry import Registry
 from feyntune.serving.canary import Canary, p_value
 from feyntune.serving.catalog import Catalog
@@ -32,7 +32,7 @@ class AdapterSource:
     def __init__(self):
         self.names, self.aliases, self.staging, self.broken, self.away = {}, frozenset(), None, {}, None
         self.fetched = []
-        self.bases = {}
+        self.bases, self.files = {}, {}
 
     def revision(self):
         if self.away:
@@ -42,15 +42,21 @@ class AdapterSource:
     def snapshot(self):
         return RegistrySnapshot(self.revision(), dict(self.names), self.aliases, self.staging)
 
+    def manifest(self, version):
+        inputs = {"base": self.bases.get(version.name, BASE)}
+        files = self.files.get(version.name, {})
+        return Manifest(kind="adapter", digest=version.digest, files=files, inputs=inputs)
+
     def fetch(self, version, folder):
         self.fetched.append(version.name)
         if version.name in self.broken:
             raise self.broken[version.name]
-        base = self.bases.get(version.name, BASE)
-        return Manifest(kind="adapter", digest=version.digest, files={}, inputs={"base": base})
+        return self.manifest(version)
 
 
 class Engine:
+    adapter_bytes = 1000
+
     def __init__(self, slots=10):
         self.loaded, self.slots = set(), slots
 
@@ -107,10 +113,10 @@ def test_a_version_that_cannot_be_served_leaves_the_old_one_and_is_not_fetched_a
     source.names = {"champion": ONE}
     refreshed(catalog)
     source.names = {"champion": TWO}
-    source.bases[TWO.name] = "c" * 64
+    source.broken[TWO.name] = InvalidAdapterError("it is no LoRA")
     refreshed(catalog, times=3)
     assert catalog.resolve("champion").version == ONE
-    assert "base" in catalog.refused[TWO.name]
+    assert "no LoRA" in catalog.refused[TWO.name]
     assert source.fetched.count(TWO.name) == 1
     assert engine.loaded == {ONE.digest}
     source.names = {"champion": ONE}
@@ -321,3 +327,14 @@ def test_the_canarys_test_ends_however_many_requests_there_were():
     """It runs on the event loop. Exact arithmetic would take hours here."""
     assert p_value(1 << 20, 53_000, 10_000_000, 500_000) == pytest.approx(0.0075786586, rel=1e-6)  # scipy's
     assert p_value(1 << 20, 60_000, 10_000_000, 500_000) < 1e-100
+
+
+def test_what_its_manifest_rules_out_is_not_fetched(source):
+    source.names = {"champion": ONE, "big": TWO, "code": OTHER}
+    source.bases[ONE.name] = "c" * 64
+    source.files = {TWO.name: {"x.bin.safetensors": File(sha256="0", size=10**12)}}
+    source.files[OTHER.name] = {"x.pkl": File(sha256="0", size=1)}
+    catalog = refreshed(Catalog(source, Engine(), BASE))
+    assert source.fetched == []
+    for version, reason in ((ONE, "trained on base cccc"), (TWO, "1000000000000 bytes"), (OTHER, "holds x.pkl")):
+        assert reason in catalog.refused[version.name]
