@@ -1,5 +1,6 @@
 """The prerequisites' patches, applied by kustomize to objects of upstream's layout (names as in 2.17.0 and 0.20.0)."""
 
+import re
 import subprocess
 
 import pytest
@@ -43,3 +44,9 @@ def test_a_prerequisites_patches_fit_upstreams_objects(tmp_path, name):
 def test_every_upstream_is_pinned(path):
     for resource in yaml.safe_load(path.read_text())["resources"]:
         assert "?ref=v" in resource or "?ref=2." in resource
+
+
+def test_the_versions_that_the_manifests_page_tells_are_the_ones_that_are_pinned():
+    pinned = re.findall(r"\?ref=v?([\d.]+)", "".join(p.read_text() for p in FOLDER.rglob("kustomization.yaml")))
+    row = next(line for line in (FOLDER.parent / "README.md").read_text().splitlines() if "`prerequisites/`" in line)
+    assert set(re.findall(r"\d+\.\d+\.\d+", row)) == set(pinned)
