@@ -8,7 +8,7 @@ SDPA call a document elsewhere (on a CPU 9 times faster than one call under a bl
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -117,11 +117,12 @@ def _attention(
     backend = attention_backend(query.device, query.dtype)
     if backend == "sdpa":
         groups = query.shape[1] // key.shape[1]
-        if groups > 1:
+        if groups > 1 and query.is_cuda:  # of its kernels only flash reads fewer keys than queries
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            groups = 1
+        sdpa = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=groups > 1)
         parts = zip(*(t.split(list(lengths), dim=2) for t in (query, key, value)), strict=True)
-        each = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in parts]
-        return torch.cat(each, dim=2).transpose(1, 2), None
+        return torch.cat([sdpa(q, k, v) for q, k, v in parts], dim=2).transpose(1, 2), None
 
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head dim]
     longest = max(lengths)

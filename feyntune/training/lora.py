@@ -82,7 +82,7 @@ def _forward(layer: Any, index: int, masks: DropoutMasks, x: torch.Tensor, *args
 
 
 def fuse_norms(model: PeftModel) -> None:
-    """Compute every Llama RMSNorm by torch's fused kernel (on a GPU; a CPU has none)."""
+    """Compute every Llama RMSNorm by torch's own: one kernel on a GPU, and on a CPU half of the passes."""
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             norm: Any = module

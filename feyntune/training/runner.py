@@ -167,8 +167,7 @@ def make_runner(
         bare.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         bare.disable_input_require_grads()  # without reentry the inputs need no gradient
         layers = list(backbone(model).layers)  # type: ignore[arg-type]
-    if cuda:
-        fuse_norms(model)
+    fuse_norms(model)
     return MicroBatchRunner(
         model=model,
         device=device,
