@@ -91,12 +91,9 @@ class MicroBatchRunner:
             try:
                 self.model.train()
                 for group in group_by_token_budget([len(d.tokens) for d in documents], self.plan.micro_batch_tokens):
-                    packed = pack([documents[i].tokens for i in group])
-                    tokens, lone = sum(packed.lengths), len(group) == 1
-                    self.masks.set(packed.lengths, [seeds[i] for i in group])
-                    loss = self.loss(packed) / predicted
-                    loss.backward()
-                    gradient[-2] += loss.detach()
+                    tokens, lone = sum(len(documents[i].tokens) for i in group), len(group) == 1
+                    micro_batch = [documents[i] for i in group]
+                    gradient[-2] += self._backward(micro_batch, [seeds[i] for i in group], predicted)
                 return
             except torch.OutOfMemoryError as e:
                 more_can_recompute = self.plan.layers_for(tokens) + 1 < len(self.plan.capacity)
@@ -112,6 +109,14 @@ class MicroBatchRunner:
                 "the GPU ran out of memory with %d tokens at once: now at most %d; layers that recompute: %d",
                 tokens, self.plan.micro_batch_tokens, self.plan.layers,
             )  # fmt: skip
+
+    def _backward(self, documents: Sequence[Document], seeds: Sequence[int], predicted: int) -> torch.Tensor:
+        """One micro-batch. Nothing outside this call holds its activations, so that another try has their memory."""
+        packed = pack([d.tokens for d in documents])
+        self.masks.set(packed.lengths, seeds)
+        loss = self.loss(packed) / predicted
+        loss.backward()
+        return loss.detach()
 
     def probe(self, documents: Sequence[Document], gradient: torch.Tensor) -> None:
         """Compute the largest micro-batch once, so that memory runs out now or never; leaves no gradient behind."""

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,6 +162,27 @@ def test_out_of_memory_lowers_the_plan_and_the_gradient_is_the_same(tiny_base):
     torch.testing.assert_close(split.backward(documents), expected)
     assert max(tokens for tokens, _ in split.tried[-2:]) == 400
     assert split.runner.plan.layers == 2
+
+
+def test_what_ran_out_of_memory_in_its_backward_pass_is_freed_before_the_next_try(tiny_base):
+    card = Card(tiny_base, 4096)
+    real, made = card.runner.loss, []
+
+    def loss(packed):
+        assert all(made_before() is None for made_before in made)
+        kept = torch.ones(())  # stands for the activations: the graph holds it
+        value = real(packed) * kept
+        if not made:
+            value.register_hook(fail)
+        made.append(weakref.ref(kept))
+        return value
+
+    def fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card.runner.loss = loss
+    card.backward([Document(str(i), [5 + i] * 200) for i in range(4)])
+    assert len(made) == 2
 
 
 def test_the_probe_lowers_the_plan_before_the_first_step_and_leaves_no_gradient(tiny_base):
