@@ -73,6 +73,11 @@ def make_model(folder: Path, args: argparse.Namespace) -> Shape:
     return shape
 
 
+def device_of(args: argparse.Namespace) -> torch.device:
+    """With its number: accelerate refuses to train a quantized model that was loaded on a GPU without one."""
+    return torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
+
+
 def make_batches(count: int, vocabulary: int, seed: int = 0) -> list[list[Document]]:
     """Global batches of random tokens, each document as long as a real abstract."""
     r = random.Random(seed)
@@ -106,7 +111,7 @@ class Engine:
             activation_checkpointing_layers=args.checkpoint_layers,
             learning_rate=3e-4,
         )
-        self.group = ProcessGroup(0, 1, torch.device(args.device))
+        self.group = ProcessGroup(0, 1, device_of(args))
         base = load_base(str(folder), args.precision, self.group.device)
         torch.manual_seed(0)
         model, masks = add_adapter(base, args.method, self.config, "base")
@@ -139,7 +144,7 @@ class Baseline:
     def __init__(self, folder: Path, args: argparse.Namespace):
         from peft import LoraConfig, get_peft_model
 
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, device_of(args)
         # Their usual attention: FlashAttention where it is installed.
         flash = self.device.type == "cuda" and args.precision != "fp32" and find_spec("flash_attn") is not None
         self.attention = "flash_attention_2" if flash else "sdpa"
@@ -186,22 +191,24 @@ class Baseline:
         bf16 = self.args.precision == "bf16" or (self.args.precision == "nf4" and self.device.type == "cuda")
         precision = {"bf16": True} if bf16 else {}
         with tempfile.TemporaryDirectory() as tmp:
+            arguments = TrainingArguments(
+                output_dir=tmp,
+                per_device_train_batch_size=BATCH,
+                max_steps=len(batches),
+                lr_scheduler_type="constant",
+                max_grad_norm=1.0,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=self.device.type == "cpu",
+                disable_tqdm=True,
+                gradient_checkpointing=self.args.checkpoint_layers == "all",
+                **precision,
+            )
+            arguments._n_gpu = min(arguments.n_gpu, 1)  # on a machine with two, DataParallel would take two batches
             trainer = InOrder(
                 model=self.model,
-                args=TrainingArguments(
-                    output_dir=tmp,
-                    per_device_train_batch_size=BATCH,
-                    max_steps=len(batches),
-                    lr_scheduler_type="constant",
-                    max_grad_norm=1.0,
-                    logging_steps=1,
-                    save_strategy="no",
-                    report_to=[],
-                    use_cpu=self.device.type == "cpu",
-                    disable_tqdm=True,
-                    gradient_checkpointing=self.args.checkpoint_layers == "all",
-                    **precision,
-                ),
+                args=arguments,
                 train_dataset=rows,
                 data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
                 optimizers=(self.optimizer, None),
