@@ -17,6 +17,24 @@ from urllib3.util.ssl_ import create_urllib3_context
 from feyntune.errors import UserError
 
 
+def checked_address(url: str, example: str) -> str:
+    """`url` if it is the address of a web server and holds no password, which would stand in logs.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        parts = urlsplit(url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError:
+        wrong, parts = True, urlsplit("")
+    if wrong or re.search(r"\s", url):
+        raise UserError(f"{url.rpartition('@')[2]} is not a web address: write {example}.")
+    if "@" in parts.netloc:
+        raise UserError(f"The address of {parts.hostname} holds a user or a password: give it without.")
+    return url
+
+
 def proxy_for(url: str) -> str | None:
     """The proxy for `url` by http_proxy, https_proxy, all_proxy and no_proxy (either case); None for none.
 
@@ -157,9 +175,9 @@ def describe_failure(error: Exception, url: str) -> str:
 
 
 _FAILURES: dict[type[Exception], str] = {
+    urllib3.exceptions.NewConnectionError: "no connection: nothing listens there",  # a kind of the next
     urllib3.exceptions.ConnectTimeoutError: "no connection in time: a wrong address, or a firewall",
     urllib3.exceptions.ReadTimeoutError: "it takes connections and does not answer in time",
-    urllib3.exceptions.NewConnectionError: "no connection: nothing listens there",
     urllib3.exceptions.ProtocolError: "the connection broke",
     urllib3.exceptions.IncompleteRead: "the connection broke",
 }

@@ -24,7 +24,7 @@ from feyntune.artifacts.records import SOURCES, Paper
 from feyntune.errors import UserError
 from feyntune.ingestion.fields import BadRecord, CategoryFilter, Row, make_paper, parse_id
 from feyntune.ingestion.tally import DELETED, OTHER_CATEGORY, Tally
-from feyntune.network import describe_failure, http_pool, refuse_link_local
+from feyntune.network import checked_address, describe_failure, http_pool, proxy_for, refuse_link_local, shown
 from feyntune.telemetry import log, progress
 
 _PAGE_BYTES = 256 << 20  # unpacked; arXiv's pages have 1 to 3 MiB
@@ -53,8 +53,9 @@ class Harvest:
         delay: float = 3.0,
         timeout: float = 120.0,
     ):
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"oai:{url} is not a web address: write oai:https://oaipmh.arxiv.org/oai.")
+        checked_address(url, "oai:https://oaipmh.arxiv.org/oai")
+        if "?" in url or "#" in url:
+            raise UserError(f"oai:{url}: give the address up to the ?, what follows is added here.")
         if f"oai-{prefix}" not in SOURCES:
             raise UserError(f"OAI prefix {prefix!r} has no category codes or dates of version 1: use arXivRaw.")
         if not SOURCES[f"oai-{prefix}"] and not converted_text:
@@ -225,8 +226,13 @@ class Harvest:
             with contextlib.closing(self.http.request("GET", url, redirect=False, preload_content=False)) as answer:
                 location = answer.headers.get("location")
                 if answer.status in (301, 302, 303, 307, 308) and location:
-                    url = urljoin(url, location)
+                    url = _followed(url, location)
                     continue
+                if answer.status == 407:
+                    raise UserError(
+                        f"The proxy {shown(proxy_for(url))} wants a user and a password: set "
+                        "https_proxy=http://USER:PASSWORD@HOST:PORT."
+                    )
                 if answer.status != 200:
                     raise UserError(f"{self.url} answered HTTP {answer.status} {answer.reason}: check the address.")
                 body = bytearray()
@@ -261,6 +267,13 @@ class Harvest:
 
     def _save(self) -> None:
         _write(self.folder / "harvest.json", json.dumps(self.state, indent=1).encode())
+
+
+def _followed(url: str, location: str) -> str:
+    try:
+        return checked_address(urljoin(url, location), url)
+    except (UserError, ValueError):
+        raise UserError(f"{url.partition('?')[0]} redirects to {location[:100]!r}, no web address: check it.") from None
 
 
 class _PatientRetry(urllib3.Retry):

@@ -141,7 +141,7 @@ def run(
         if reported:
             latest = workdir / "latest"
             latest.unlink(missing_ok=True)
-            latest.symlink_to(folder.name)
+            _link(latest, Path(folder.name))
     if failure:
         raise RunFailed(f"{failure} The whole log is {folder / 'run.log'}.", reported)
     return folder
@@ -271,7 +271,15 @@ def _link_evaluations(folder: Path, summary: dict[str, Any], recipe: dict[str, A
         _, branch = variant_keys(summary["split"]["digest"], f"base@{summary['base']['digest']}", recipe, name)
         evaluation = Path("..", "..", "store", branch, "evaluation")
         if (links / evaluation).is_dir():  # of a variant with several seeds each training has its own
-            (links / slug(name)).symlink_to(evaluation)
+            _link(links / slug(name), evaluation)
+
+
+def _link(link: Path, target: Path) -> None:
+    """A convenience that a finished run does not fail for: exFAT and some network file systems have no links."""
+    try:
+        link.symlink_to(target)
+    except OSError as e:
+        log.warning("no link %s to %s can be made here (%s)", link, target, e.strerror)
 
 
 def _add_registration(summary: dict[str, Any], registration: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ Idempotent: a pipeline is made once, each release once as a version of it.
 
 import hashlib
 import json
+import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from feyntune.constants import VERSION
 from feyntune.errors import UserError
 from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, check_type, read_settings
 from feyntune.kubeflow.preflight import choose_variants, refuse_null
+from feyntune.network import checked_address, describe_failure, proxy_for
 from feyntune.recipe import check_recipe
 from feyntune.telemetry import log
 
@@ -111,7 +114,7 @@ def run_page(host: str, run_id: str) -> str:
     """Address of the run in the web UI, where `host` is the UI's; else what to open in it."""
     import requests
 
-    page = f"#/runs/details/{run_id}"
+    host, page = _api_host(host), f"#/runs/details/{run_id}"
     with suppress(requests.RequestException):
         front = requests.get(host, timeout=10, headers={"Accept": "text/html"})
         if front.ok and "html" in front.headers.get("content-type", ""):
@@ -151,24 +154,56 @@ def kubeflow_client(host: str, namespace: str | None, token_file: str | None) ->
     from kfp import Client
     from kfp_server_api import ApiException
 
-    token = Path(token_file).read_text(encoding="utf-8").strip() if token_file else None
+    host = _api_host(host)
+    token = _token_in(token_file) if token_file else None
+    proxy, bundle = proxy_for(host), os.environ.get("SSL_CERT_FILE", "").strip() or None
     try:
         # The client itself asks five times over 25 seconds and then hides the answer.
         health = requests.get(
             f"{host.rstrip('/')}/apis/v2beta1/healthz",
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=30,
+            verify=bundle or True,
+            proxies={"http": proxy or "", "https": proxy or ""},  # "": none, whatever the environment says
         )
         _refuse_login_page(host, health)
         # The client warns about versions of Kubeflow, and prints addresses of the API as if they were the UI's.
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
-            yield Client(host=host, namespace=namespace or "kubeflow", existing_token=token)
+            yield Client(
+                host=host, namespace=namespace or "kubeflow", existing_token=token, proxy=proxy, ssl_ca_cert=bundle
+            )
     except ApiException as e:
         kind = Unreachable if e.status >= 500 else UserError
         raise kind(_sentence(host, e.status, e.reason, e.body)) from e
     except (urllib3.exceptions.HTTPError, OSError) as e:
-        raise Unreachable(f"Kubeflow Pipelines at {host} does not answer ({type(e).__name__}): check --host.") from e
+        cause = e.args[0] if isinstance(e, requests.RequestException) and e.args else e  # urllib3's, in its wrapping
+        why = describe_failure(cause if isinstance(cause, Exception) else e, host)
+        raise Unreachable(f"Kubeflow Pipelines at {host} does not answer ({why}): check --host.") from e
+
+
+def _api_host(host: str) -> str:
+    """The host's address, of which a browser shows more: `#/pipelines` is a page of the UI.
+
+    Raises:
+        UserError: it is none.
+    """
+    return checked_address(host.partition("#")[0].rstrip("/"), "--host http://localhost:8888")
+
+
+def _token_in(file: str) -> str:
+    """A bearer token.
+
+    Raises:
+        UserError: there is none in the file, or what no header can carry.
+    """
+    try:
+        token = Path(file).expanduser().read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--token-file {file} cannot be read ({type(e).__name__}): correct it.") from None
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError(f"--token-file {file} does not hold one token alone: correct it.")
+    return token
 
 
 def _refuse_login_page(host: str, health: Any) -> None:

@@ -18,6 +18,7 @@ from feyntune.ingestion.oai import Harvest
 from feyntune.ingestion.synthetic import synthetic_records
 from feyntune.ingestion.tally import Tally
 from tests.servers.oai import FAULTS, OaiServer, Record, from_kaggle
+from tests.servers.plain_http import serving
 
 RECORDS = list(synthetic_records(120, seed=11))
 
@@ -362,3 +363,37 @@ def test_a_redirect_to_a_link_local_host_is_refused(tmp_path):
     with answering(away) as (url, paths), pytest.raises(UserError, match="link-local"):
         Harvest(f"{url}/oai", tmp_path / "h", delay=0).run()
     assert len(paths) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http:///oai", "is not a web address"),
+        ("http://a b/oai", "is not a web address"),
+        ("http://h:99999/oai", "is not a web address"),
+        ("http://::1:9/oai", "is not a web address"),
+        ("http://user:secret-of-a-test@h/oai", "holds a user or a password"),
+        ("http://h/oai?verb=Identify", r"up to the \?"),
+    ],
+)
+def test_an_address_that_cannot_be_harvested_makes_nothing(tmp_path, url, message):
+    with pytest.raises(UserError, match=message) as refused:
+        ingest(f"oai:{url}", tmp_path / "c")
+    assert "secret-of-a-test" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("location", ["ftp://h/x", "http://[bad", "http://user:p@h/x"])
+def test_a_redirect_to_no_web_address_is_one_sentence(tmp_path, location):
+    redirect = lambda method, path: (302, {"location": location}, b"")
+    with serving(redirect) as server, pytest.raises(UserError, match=r"redirects to .*, no web address"):
+        ingest(f"oai:{server.url}/oai", tmp_path / "c", delay=0.01)
+
+
+def test_a_proxy_that_wants_a_password_is_named(tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(lambda method, path: (407, {"content-type": "text/html"}, b"<html>")) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        with pytest.raises(UserError, match="wants a user and a password"):
+            ingest("oai:http://oai.case.invalid/oai", tmp_path / "c", delay=0.01)

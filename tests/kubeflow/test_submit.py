@@ -8,6 +8,7 @@ import pytest
 from feyntune.errors import UserError
 from feyntune.kubeflow.submit import run_page, submit, upload
 from tests.servers.kubeflow import kubeflow
+from tests.servers.plain_http import serving
 
 ONE = {"variant": "hep-th/lora-all"}
 
@@ -137,3 +138,50 @@ def test_a_host_that_refuses_or_is_away_gives_one_sentence() -> None:
         assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="does not answer"):
         upload(server.url, "0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("localhost:8888", "is not a web address: write --host http://localhost:8888"),
+        ("http://h:99999", "is not a web address"),
+        ("http://::1:8888", "is not a web address"),
+        ("https://user:secret-of-a-test@kubeflow.example", "holds a user or a password"),
+        ("user:secret-of-a-test@kubeflow.example", "is not a web address"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_its_password(host, message) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        submit(host, "variant", ONE)
+    assert "secret-of-a-test" not in str(refused.value)
+
+
+def test_an_address_copied_from_a_browser_is_taken_without_its_page() -> None:
+    with kubeflow() as server:
+        assert submit(f"{server.url}/#/pipelines", "variant", ONE)
+
+
+@pytest.mark.parametrize("content", [None, b"two tokens", b"", b"\xff\xfe"])
+def test_a_token_file_without_a_token_is_one_sentence(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "token").write_bytes(content)
+    with pytest.raises(UserError, match=r"--token-file .*: correct it"):
+        submit("http://127.0.0.1:9", "variant", ONE, token_file=str(tmp_path / "token"))
+
+
+def test_kubeflow_is_asked_through_the_proxy_of_the_environment(monkeypatch) -> None:
+    for name in ("HTTP_PROXY", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(lambda method, path: (200, {"content-type": "text/html"}, b"<html>Sign in")) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        with pytest.raises(UserError, match="answered with a web page"):
+            submit("http://kubeflow.case.invalid", "variant", ONE)
+        assert proxy.requests[0][1] == "http://kubeflow.case.invalid/apis/v2beta1/healthz"
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
+    with pytest.raises(UserError, match="http_proxy is not an http"):
+        submit("http://kubeflow.case.invalid", "variant", ONE)
+
+
+def test_a_host_where_nothing_listens_is_said_to_be_one() -> None:
+    with pytest.raises(UserError, match="nothing listens there"):
+        submit("http://127.0.0.1:1", "variant", ONE)
