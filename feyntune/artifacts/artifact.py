@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -143,11 +143,11 @@ def write_manifest(
     files = {}
     for name in _files(folder):
         path = folder / name
-        path.chmod(0o644)  # some writers leave 0600, which a pod under another user cannot read
+        make_readable(path, 0o644)
         with path.open("rb") as f:
             os.fsync(f.fileno())
         files[name] = File(sha256=sha256_file(path), size=path.stat().st_size)
-    folder.chmod(0o755)
+    make_readable(folder, 0o755)
     manifest = Manifest(
         kind=kind,
         digest=_digest(kind, files, inputs or {}, config),
@@ -209,3 +209,9 @@ def open_artifact(folder: str | Path, kind: str | None = None) -> Manifest:
         if path.stat().st_size != file.size or sha256_file(path) != file.sha256:
             raise ArtifactError(f"{path} does not match its manifest (sha256): the file is damaged, restore it.")
     return manifest
+
+
+def make_readable(path: str | Path, mode: int) -> None:
+    """Some writers leave 0600, which a pod under another user cannot read. SMB and exFAT have no such modes."""
+    with suppress(OSError):
+        os.chmod(path, mode)

@@ -17,7 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from feyntune.artifacts.artifact import MANIFEST, ArtifactError, Manifest, open_artifact, parse_manifest, sha256_file
+from feyntune.artifacts.artifact import (
+    MANIFEST,
+    ArtifactError,
+    Manifest,
+    make_readable,
+    open_artifact,
+    parse_manifest,
+    sha256_file,
+)
 from feyntune.artifacts.names import Missing, StoreError, checked_name, parse_address
 from feyntune.errors import WRITE_FIXES
 
@@ -105,7 +113,7 @@ class FolderStore:
                     shutil.copyfileobj(data, f)
                     f.flush()
                     os.fsync(f.fileno())
-                    os.chmod(f.name, 0o644)
+                    make_readable(f.name, 0o644)
                     publish(f.name, path)
                 finally:
                     Path(f.name).unlink(missing_ok=True)
@@ -229,7 +237,7 @@ def pull(
         if only is None:
             (tmp / MANIFEST).write_bytes(store.get(f"{name}/{MANIFEST}"))
             open_artifact(tmp, kind)
-        tmp.chmod(0o755)
+        make_readable(tmp, 0o755)
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

@@ -1,5 +1,7 @@
 import contextlib
+import errno
 import hashlib
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -248,3 +250,18 @@ def test_a_busy_store_is_asked_again_for_small_and_large_uploads(tmp_path, size)
 def test_a_page_in_place_of_an_answer_is_one_sentence(call):
     with _answering((429, "text/html")) as (store, _), pytest.raises(StoreError, match="not an S3 store"):
         call(store)
+
+
+def test_a_file_system_without_modes_of_files_will_do(tmp_path, monkeypatch):
+    """SMB, exFAT and buckets mounted as folders refuse chmod."""
+
+    def refuse(*args, **options):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    store = FolderStore(str(tmp_path / "store"))
+    with write_artifact(tmp_path / "made", "thing") as folder:
+        (folder.path / "a").write_text("1")
+    push(store, tmp_path / "made", "x")
+    pull(store, "x", tmp_path / "again")
+    assert (tmp_path / "again/a").read_text() == "1"

@@ -1,5 +1,6 @@
 """The local run, whole: real steps as real processes, a branch that fails, a run that is killed."""
 
+import errno
 import json
 import os
 import random
@@ -224,3 +225,13 @@ def test_a_run_works_in_a_folder_with_foreign_packages_of_our_names(tmp_path: Pa
     ]
     subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
     assert (tmp_path / "w" / "latest" / "report.html").is_file()
+
+
+def test_a_file_system_without_links_ends_no_run(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **options):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(local.log, "propagate", True)
+    local._link(tmp_path / "latest", Path("x"))
+    assert "no link" in caplog.text
