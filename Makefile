@@ -18,6 +18,8 @@ DOCKER ?= docker
 PREFIX ?= feyntune
 # A run is a dozen short processes: without bytecode each would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
+# Of another Python (ROS, conda, a module system): its packages would be taken for those of .venv, or no Python starts.
+unexport PYTHONPATH PYTHONHOME
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 # One test file per core, up to four: each process takes 2 GB.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
