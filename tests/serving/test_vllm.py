@@ -166,7 +166,8 @@ def test_a_killed_vllm_comes_back_with_its_adapters_and_what_waited_is_answered(
             before = await collect(engine.submit("one", PROMPT, Sampling(5)))
             caught = [engine.submit("one", PROMPT, Sampling(200, ignore_eos=True)) for _ in range(4)]
             waiting = engine.submit("one", PROMPT, Sampling(5))
-            await asyncio.sleep(0.1)
+            for generation in caught:
+                await anext(aiter(generation))  # one that nothing was answered to would be tried again
             os.killpg(engine.process.pid, signal.SIGKILL)
             for generation in caught:
                 with pytest.raises(EngineUnavailableError):
