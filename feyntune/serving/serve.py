@@ -139,7 +139,6 @@ async def _bring_up(
     server.catalog = Catalog(source, engine, digest, Canary(canary_share))
     # What is loaded by now stays. To go through it all again for garbage would hold up every request for a third of
     # a second, and for seconds on a busy machine.
-    gc.collect()
     gc.freeze()
 
 
