@@ -3,8 +3,8 @@
 Custom objects are created, read, replaced (resourceVersion checked) and deleted; a Secret and ServiceAccounts are
 patched. In place of KServe's controller every service gets a Deployment, whose pods are ready after `ready_after`
 reads, with a URL under which `/openai/v1` and `/v1` list `models` and complete for each of them. As KServe 0.20 does
-(recorded in ../shared/recorded), an InferenceService's observedGeneration is its Deployment's and Ready stays True
-while old pods answer; vLLM's models are listed under two names each.
+(tests/recorded/kserve-0.20.0), an InferenceService's observedGeneration is its Deployment's and Ready stays True while
+old pods answer; vLLM's models are listed under two names each.
 """
 
 import json
@@ -165,7 +165,10 @@ class KubeServer:
         counted = deployment if "predictor" in spec else service
         service["status"] = {
             "observedGeneration": counted["metadata"]["generation"],
-            "conditions": [{"type": "Ready", "status": str(available), "reason": "MinimumReplicasUnavailable"}],
+            "conditions": [
+                {"type": "Ready", "status": str(available)}
+                | ({} if available else {"reason": "MinimumReplicasUnavailable"})
+            ],
             "url": "http://abstracts-physics.example.com",  # outside: nobody resolves it
             "address": {"url": f"{self.url}/endpoint"},
         }
