@@ -132,6 +132,7 @@ def sentences(seeds: Mapping[str, Any], base: float, abstracts: str) -> list[str
             _spread(variants),
         ]
     same = [best, *tied]
+    second: list[str] = []
     if tied:
         means = ", ".join(f"{variants[n]['perplexity']:.2f}" for n in same)
         first = (
@@ -142,16 +143,19 @@ def sentences(seeds: Mapping[str, Any], base: float, abstracts: str) -> list[str
         d = variants[best]["minus_base"]
         first = (
             f"{best} lowers the perplexity of the base model from {base:.2f} to {variants[best]['perplexity']:.2f} on "
-            f"{abstracts}, as the mean of {len(variants[best]['seeds'])} seeds (difference {d['mean']:+.3g}, 95 % CI "
-            f"over seeds and abstracts {d['low']:+.3g} to {d['high']:+.3g}, Holm-adjusted p {d['p_holm']:.2g})."
+            f"{abstracts}, as the mean of {len(variants[best]['seeds'])} seeds."
         )
-    result = [first, _spread(variants)]
+        second = [
+            f"The difference is {_signed(d['mean'])} (95 % CI over seeds and abstracts {_signed(d['low'])} to "
+            f"{_signed(d['high'])}; Holm-adjusted p {d['p_holm']:.2g})."
+        ]
+    result = [first, *second, _spread(variants)]
     behind = next(iter(seeds["behind"].items()), None)
     if behind is not None:
         name, d = behind
-        where = "no interval, one seed" if d["low"] is None else f"95 % CI {d['low']:+.3g} to {d['high']:+.3g}"
+        where = "no interval, one seed" if d["low"] is None else f"95 % CI {_signed(d['low'])} to {_signed(d['high'])}"
         result.append(
-            f"{name} minus {best} is {d['mean']:+.3g} ({where})"
+            f"{name} minus {best} is {_signed(d['mean'])} ({where})"
             + (": not told apart." if name in tied else ": more than seeds and abstracts explain.")
         )
     result.append(
@@ -169,6 +173,10 @@ def _spread(variants: Mapping[str, Any]) -> str:
         f"Between seeds of one variant the perplexity has a standard deviation of {pooled:.3g} and a range of up to "
         f"{widest:.3g}."
     )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "−")
 
 
 def _and(names: list[str]) -> str:

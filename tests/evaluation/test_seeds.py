@@ -110,7 +110,8 @@ def test_a_clear_winner_is_named_with_its_spread():
     result, sentences = told(np.random.default_rng(3), one=-9.0, other=-5.0)
     assert (result["best"], result["tied"]) == ("one", [])
     assert sentences[0].startswith("one lowers the perplexity of the base model from 40.00 to 3")
-    assert "standard deviation of 0." in sentences[1]
+    assert sentences[1].startswith("The difference is −8.8 (95 % CI")
+    assert "standard deviation of 0." in sentences[2]
 
 
 def test_none_better_than_the_base_over_seeds():
