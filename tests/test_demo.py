@@ -4,13 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from feyntune.artifacts.artifact import ArtifactError, open_artifact, sha256_json
 from feyntune.demo import DIGEST, SHIPPED, copy_demo_base
-from feyntune.demo.make import STEPS, demo_texts
+from feyntune.demo.make import STEPS, compare_with_shipped, demo_texts
 from feyntune.errors import UserError
 from feyntune.model.load import encode, load_base, prompt
+from feyntune.training.tiny_base import make_tiny_base
 
 
 def test_it_is_whole_and_small() -> None:
@@ -24,6 +26,26 @@ def test_its_command_would_train_on_the_same_texts() -> None:
     manifest = open_artifact(SHIPPED, "base")
     assert manifest.inputs["texts"] == sha256_json([t for t in demo_texts() if t.strip()])
     assert manifest.config["steps"] == STEPS
+
+
+def test_its_command_makes_the_same_tokenizer_and_configuration(tmp_path: Path) -> None:
+    make_tiny_base(tmp_path / "base", demo_texts(), heads=4, kv_heads=2, steps=1, dtype=torch.bfloat16)
+    for file in SHIPPED.iterdir():
+        if file.name not in ("model.safetensors", "manifest.json"):
+            assert (tmp_path / "base" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_base_made_again_is_told_from_another_one() -> None:
+    shipped = open_artifact(SHIPPED, "base")
+    assert compare_with_shipped(shipped) == "the same bytes as the shipped one"
+    weights = {**shipped.files, "model.safetensors": shipped.files["config.json"]}
+    near = shipped.model_copy(update={"digest": "0" * 64, "files": weights, "stats": {"loss": 1.534}})
+    assert "rounding of this CPU (loss 1.5340" in compare_with_shipped(near)
+    with pytest.raises(UserError, match=r"its loss is 2\.0000"):
+        compare_with_shipped(near.model_copy(update={"stats": {"loss": 2.0}}))
+    other = {**weights, "tokenizer.json": shipped.files["config.json"]}
+    with pytest.raises(UserError, match=r"model\.safetensors, tokenizer\.json differ"):
+        compare_with_shipped(near.model_copy(update={"files": other}))
 
 
 def test_vllm_can_serve_it() -> None:
