@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,7 +30,7 @@ def run_checks(store: str | None = None, host: str | None = None) -> Iterator[Ch
     for module, extra in (("kfp", "pipeline"), ("torch", "train"), ("bitsandbytes", "train"), ("kserve", "serve")):
         installed = importlib.util.find_spec(module) is not None
         fix = f"{module} is not installed: run `make env`, or pip install 'feyntune[{extra}]'."
-        yield Check(module, "ok" if installed else "missing", f"{module} is installed." if installed else fix)
+        yield Check(module, "ok" if installed else "missing", f"{module} {version(module)}." if installed else fix)
     yield _store_keys(store)
     yield _store(store)
     yield _kubeflow(host)

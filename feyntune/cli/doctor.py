@@ -36,7 +36,7 @@ def doctor(
     if as_json:
         print(json.dumps([c._asdict() for c in checks]))
     else:
-        marks = {"ok": "ok", "missing": "MISSING", "optional": "-"}
+        marks = {"ok": "ok", "missing": "MISSING", "optional": "optional"}
         print_table([[marks[c.state], c.what, c.sentence] for c in checks], ["", "", ""])
     if any(c.state == "missing" for c in checks):
         sys.exit(1)

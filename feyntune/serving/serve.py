@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,11 +91,11 @@ def serve(
     limits = Limits(body_bytes=body_bytes, seconds=request_seconds)
     server = Server(limits, base_name=Path(location).name, cors_origins=tuple(cors_origins))
     endpoint = Endpoint(server, (listening, grpc_port), host, keys, drain_seconds, linger_seconds, workbench)
-    # kserve configures logging when its server is made: a line for every request and probe.
-    for name in ("uvicorn.access", "kserve", "kserve.trace"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_libraries()
     endpoint.sync_models(set())
     log.info("listening on http://%s:%d (gRPC %d)", host, listening.getsockname()[1], grpc_port)
+    if workbench:
+        log.info("the workbench is at that address: open it in a browser")
 
     async def work() -> None:
         load = partial(_load_vllm, vllm_command, vllm_args) if engine == "vllm" else _load
@@ -111,6 +112,13 @@ def serve(
         if server.engine is not None:
             server.engine.stop()
         listening.close()
+
+
+def quiet_libraries() -> None:
+    """Only warnings from KServe and uvicorn, whose lines have other formats. KServe's constructor sets the levels."""
+    for name in ("uvicorn", "uvicorn.access", "uvicorn.error", "kserve", "kserve.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")  # what KServe answers with
 
 
 async def _bring_up(

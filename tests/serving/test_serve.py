@@ -1,5 +1,6 @@
 """The server as a process: what it follows, refuses, protects, and how it stops."""
 
+import re
 import shutil
 import sys
 import threading
@@ -113,6 +114,14 @@ def test_sigterm_lets_running_requests_end(tiny_base, registry):
         assert running.process.exitcode == 0
         with pytest.raises(httpx.ConnectError):
             complete(running, "base")
+
+
+def test_the_log_has_one_format(tiny_base, registry):
+    with serving(registry.store.uri, tiny_base, **SMALL) as running:
+        assert httpx.post(f"{running.url}/openai/v1/completions", content="no JSON").status_code == 400
+        lines = running.output().splitlines()
+    assert any("listening on http://127.0.0.1:" in line for line in lines)
+    assert all(re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in lines), lines
 
 
 def test_keys_are_asked_for_reread_and_never_logged(tiny_base, registry, tmp_path):
