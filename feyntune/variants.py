@@ -129,7 +129,10 @@ def _validate(raw: Any, model: type[_File], name: str) -> _File:
             entry = raw["mixtures"][where[1]]
             where[1] = entry.get("name", where[1]) if isinstance(entry, dict) else where[1]
         field = " ".join(str(w) for w in where[1:]) or str(where[0] if where else "mixtures")
-        raise UserError(f"{name}: {field}: {first['msg'].removeprefix('Value error, ')}.") from e
+        reason = first["msg"].removeprefix("Value error, ")
+        if not where:
+            reason = "write a list under `mixtures:`, as docs/your-own.md shows"
+        raise UserError(f"{name}: {field}: {reason.rstrip('?.')}{'?' if reason.endswith('?') else '.'}") from e
 
 
 @cache

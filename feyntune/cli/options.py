@@ -58,9 +58,27 @@ def print_table(rows: Iterable[Sequence[str]], head: Sequence[str], right: Seque
         print("  ".join(cells).rstrip())
 
 
-def names_of(text: str | None) -> list[str] | None:
-    """`"a, b"` as a list; None where nothing is given."""
-    return [n.strip() for n in text.split(",") if n.strip()] if text else None
+def print_wrapped(text: str) -> None:
+    """Print a sentence in lines of the terminal's width, of 80 columns where there is none."""
+    import shutil
+    import textwrap
+
+    width = shutil.get_terminal_size().columns - 1
+    print(textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
+def names_of(text: str | None, option: str = "the list") -> list[str] | None:
+    """`"a, b"` as a list; None where nothing is given.
+
+    Raises:
+        UserError: something is given that names nothing.
+    """
+    if text is None:
+        return None
+    names = [n.strip() for n in text.split(",") if n.strip()]
+    if not names:
+        raise UserError(f"{option} {text!r} names nothing: write names separated by commas, or leave it out.")
+    return names
 
 
 def pairs_of(items: Iterable[str], option: str = "--adapter NAME=DIR") -> dict[str, str]:

@@ -18,6 +18,7 @@ from feyntune.cli.options import (
     names_of,
     print_result,
     print_table,
+    print_wrapped,
     recipe_of,
     setup_logging,
     shown_path,
@@ -71,19 +72,21 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run the compiled pipeline on this machine, from abstracts to a registry."""
+    from feyntune.ingestion.fields import CategoryFilter
     from feyntune.kubeflow import local
     from feyntune.variants import load_mixtures, load_variants
 
     setup_logging(quiet=as_json)
-    selected = names_of(categories)
+    selected = names_of(categories, "--categories")
     own = [m.model_dump(exclude_none=True) for m in load_mixtures(mixtures)] if mixtures else None
+    CategoryFilter(selected)  # a name that is none is refused here, not as the name of a mixture
     if selected and not (mixtures or variants):
         name, listed = "+".join(selected).lower(), " and ".join(selected)
         own = [{"name": name, "parts": dict.fromkeys(selected, "all"), "rule": f"every {listed} paper"}]
     if variants == "all":
         names = [] if own else load_variants().names()
     else:
-        names = names_of(variants) or ([] if own else names_of(DEFAULT_VARIANTS) or [])
+        names = names_of(variants, "--variants") or ([] if own else names_of(DEFAULT_VARIANTS) or [])
     changes = [*(changes or []), *([] if seeds is None else [f"train.seeds={seeds}"])]
     values = recipe_of(recipe, changes, base, as_json)
     failed = None
@@ -129,7 +132,7 @@ def result_text(folder: Path, workdir: Path) -> str:
         print()
         for name, v in ranked:
             if gate_text(v) != gate_word(v):
-                print(f"{name}: {gate_text(v)}")
+                print_wrapped(f"{name}: {gate_text(v)}")
         for failure in summary["failures"]:
             print(f"{failure['variant']}: failed in {failure['step']}")
         champion = summary["champion"]
@@ -150,12 +153,13 @@ def result_text(folder: Path, workdir: Path) -> str:
 def make_base(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")], as_json: Json = False
 ) -> None:
-    """Train the tiny base model of `feyntune run` again (about six minutes of one CPU core)."""
-    from feyntune.demo.make import make_demo_base
+    """Train the tiny base model of `feyntune run` again (four to six minutes of one CPU core), and compare the two."""
+    from feyntune.demo.make import compare_with_shipped, make_demo_base
 
     setup_logging(quiet=as_json)
     manifest = make_demo_base(out)
-    line = f"{out}: {manifest.stats['parameters']:,} weights, digest {manifest.digest[:16]}"
+    line = f"{out}: {manifest.stats['parameters']:,} weights, digest {manifest.digest[:16]}; "
+    line += compare_with_shipped(manifest)
     print_result({**manifest.stats, "digest": manifest.digest}, as_json, line)
 
 
@@ -185,7 +189,7 @@ def plan(
 
     setup_logging(quiet=as_json)
     papers = paper_variants()
-    names = list(papers) if variants == "all" else select_variants(names_of(variants) or [])
+    names = list(papers) if variants == "all" else select_variants(names_of(variants, "--variants") or [])
     unknown = [name for name in names if name not in papers]
     if unknown:
         raise UserError(

@@ -54,7 +54,7 @@ def ingest(
         source,
         out,
         until=until,
-        categories=names_of(categories),
+        categories=names_of(categories, "--categories"),
         max_bad=max_bad,
         converted_text=converted_text,
         oai_set=oai_set,

@@ -86,7 +86,7 @@ def ingest(
 
         rows = read_jsonl(where, category_filter, tally)
     elif kind == "synthetic":
-        rows = _synthetic(where, category_filter, tally)
+        rows = synthetic_rows(where, category_filter, tally)
     else:
         from feyntune.ingestion.oai import Harvest
 
@@ -125,7 +125,7 @@ def ingest(
     return read_manifest(out)
 
 
-def _synthetic(text: str, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
+def synthetic_rows(text: str, categories: CategoryFilter, tally: Tally) -> Iterator[Row]:
     """`N` or `N:SEED` records of the generator, read as the Kaggle file they would be."""
     import orjson
 

@@ -28,14 +28,16 @@ from feyntune.artifacts.names import local_file
 from feyntune.demo import copy_demo_base
 from feyntune.errors import Interrupted, UserError
 from feyntune.evaluation.retention import absolute_sources
+from feyntune.ingestion.fields import parse_day
 from feyntune.keys import variant_keys
 from feyntune.kubeflow.adapt import COMPILED
 from feyntune.kubeflow.preflight import check_input, refuse_null
 from feyntune.kubeflow.run_view import RunView
+from feyntune.kubeflow.source_check import check_source
 from feyntune.kubeflow.step_runner import Runner, steps_by
 from feyntune.model.base import pin_base, require_tokenizer
 from feyntune.names import BASE, slug
-from feyntune.recipe import merge, read_recipe
+from feyntune.recipe import check_recipe, merge, read_recipe
 from feyntune.telemetry import ERROR, log
 from feyntune.variants import load_mixtures
 
@@ -111,6 +113,17 @@ def run(
     if base is not None:
         base = pin_base(base)
         require_tokenizer(base)
+    check_source(
+        source,
+        load_mixtures(mixtures or None),
+        {name.rpartition("/")[0] for name in variants},
+        check_recipe(recipe)[1].categories,
+        categories=categories,
+        until=parse_day("until", until or None),
+        after=parse_day("after", after or None),
+        max_bad=max_bad,
+        converted_text=converted_text,
+    )
     workdir.mkdir(parents=True, exist_ok=True)
     with _only_run(workdir):
         folder = workdir / datetime.now().strftime("%Y%m%d-%H%M%S")

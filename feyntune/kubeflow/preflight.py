@@ -169,6 +169,8 @@ def source_fingerprint(source: str) -> str:
         stat = path.stat()
         version = f"{stat.st_size} {stat.st_mtime_ns}"
     elif kind == "oai":
+        if not re.match(r"https?://[^/]", rest):
+            raise UserError(f"Source {source}: write oai:URL, such as oai:https://oaipmh.arxiv.org/oai.")
         version = datetime.now(UTC).date().isoformat()
     elif kind == "synthetic":
         if not re.fullmatch(r"\d+(:\d+)?", rest):

@@ -9,6 +9,7 @@ import numpy as np
 
 # The name of the rule is part of the hash (blake2b's `person`, 16 bytes): another rule is another name.
 RULE = "feyntune-split-1"
+KEY = "feyntune"  # of the hash, where none is given
 SHARES = {"train": 70, "validation": 15, "test": 15}  # percent
 HOLDOUT, EXCLUDED = "holdout", "excluded"
 SPLITS = (*SHARES, HOLDOUT)

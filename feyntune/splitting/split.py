@@ -16,14 +16,13 @@ from feyntune.artifacts.artifact import Manifest, open_artifact, read_manifest, 
 from feyntune.artifacts.records import SCHEMA, TEXT_FORM
 from feyntune.errors import UserError
 from feyntune.splitting import assign as rule
-from feyntune.splitting.assign import Assignment
+from feyntune.splitting.assign import KEY, Assignment
 from feyntune.splitting.audit import verify_no_leakage
 from feyntune.splitting.duplicates import PERMUTATIONS, ROWS, SHINGLE_WORDS, THRESHOLD, Duplicates, find_duplicates
 from feyntune.splitting.mixtures import draw
 from feyntune.telemetry import log, peak_memory_bytes, progress
 from feyntune.variants import load_mixtures
 
-KEY = "feyntune"
 _EXAMPLES = 20
 _EPOCH = date(1970, 1, 1)
 

@@ -166,6 +166,11 @@ def test_bad_input_costs_neither_torch_nor_a_folder(tmp_path: Path) -> None:
     code += "try: app()\nexcept UserError as e: print('torch' in sys.modules, e)\n"
     for wrong in (
         ["--source", "synthetic:x"],
+        ["--source", "synthetic:5"],
+        ["--source", "oai:nowhere"],
+        ["--after", "2990-01-01"],
+        ["--categories", ","],
+        ["--variants", ""],
         ["--until", "2024-13-01"],
         ["--base", "nowhere"],
         ["--set", "train.a=1"],
