@@ -671,3 +671,14 @@ def test_the_helm_command_renders_the_same_objects(rendered, case, tmp_path):
     assert sorted((o["kind"], o["metadata"]["name"]) for o in made) == sorted(
         (o["kind"], o["metadata"]["name"]) for o in rendered[case]
     )
+
+
+def test_the_pod_that_makes_a_cache_writable_fits_the_charts_claim_and_the_steps_group() -> None:
+    text = (ROOT / "docs/operate.md").read_text().split("<<'EOF'\n", 1)[1].split("EOF\n", 1)[0]
+    pod = yaml.safe_load(text)
+    claim = next(d for d in render({"baseCache": {"enabled": True}}) if d["kind"] == "PersistentVolumeClaim")
+    assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    for path in COMPILED.glob("*.yaml"):
+        _, platform = yaml.safe_load_all(path.read_text())
+        for step in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+            assert step["securityContext"]["runAsGroup"] == str(pod["spec"]["securityContext"]["fsGroup"])
