@@ -170,11 +170,11 @@ def test_what_ran_out_of_memory_in_its_backward_pass_is_freed_before_the_next_tr
 
     def loss(packed):
         assert all(made_before() is None for made_before in made)
-        kept = torch.ones(())  # stands for the activations: the graph holds it
-        value = real(packed) * kept
+        activations = torch.ones(())  # which the graph holds
+        value = real(packed) * activations
         if not made:
             value.register_hook(fail)
-        made.append(weakref.ref(kept))
+        made.append(weakref.ref(activations))
         return value
 
     def fail(gradient):
