@@ -8,6 +8,7 @@ from typing import Any
 
 from feyntune.artifacts.cache import evaluation_key, training_key
 from feyntune.evaluation.config import EvaluateConfig
+from feyntune.evaluation.retention import source_digest
 from feyntune.names import BASE, split_seed
 from feyntune.training.config import adapter_metadata, parse_config
 
@@ -16,6 +17,9 @@ def variant_keys(split_digest: str, base: str, recipe: dict[str, Any], name: str
     """(training key, evaluation key) of a variant under `recipe`; the base model has no training key.
 
     A name with a seed (`hep-th/lora-qkv/seed1`) is the variant trained with that seed in place of the recipe's.
+
+    Raises:
+        UserError: a retention set cannot be read.
     """
     training = None
     if name != BASE:
@@ -25,7 +29,10 @@ def variant_keys(split_digest: str, base: str, recipe: dict[str, Any], name: str
         metadata = adapter_metadata(parse_config(train if seed is None else {**train, "seed": seed}), mixture, method)
         training = training_key(split_digest, base, metadata)
     config = EvaluateConfig.model_validate({**recipe.get("evaluate", {}), "include_base": name == BASE})
-    return training, evaluation_key(split_digest, base, training, config.model_dump(mode="json"), name)
+    settings = config.model_dump(mode="json")
+    if config.retention:  # by their content: a file can change under its name
+        settings["retention"] = {n: source_digest(n, source) for n, source in config.retention.items()}
+    return training, evaluation_key(split_digest, base, training, settings, name)
 
 
 def last_attempt(retries: int) -> bool:

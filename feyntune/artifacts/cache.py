@@ -30,7 +30,7 @@ from feyntune.telemetry import log
 
 DATA_VERSION = "feyntune-data-2"  # of ingest and split together
 TRAINING_VERSION = "feyntune-training-1"
-EVALUATION_VERSION = "feyntune-evaluation-2"
+EVALUATION_VERSION = "feyntune-evaluation-3"
 
 # The files whose code decides what a step computes, from the package's folder.
 VERSIONED_FILES = {
@@ -54,7 +54,9 @@ VERSIONED_FILES = {
         "engine/manager.py",
         "engine/sampling.py",
         "evaluation/completions.py",
+        "evaluation/as_served.py",
         "evaluation/evaluate.py",
+        "evaluation/extraction.py",
         "evaluation/prompts.py",
         "evaluation/retention.py",
         "evaluation/scoring.py",

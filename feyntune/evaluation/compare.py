@@ -13,14 +13,15 @@ from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_
 from feyntune.artifacts.names import split_pin
 from feyntune.conditions import CONDITIONS, Conditions, differences, read_conditions
 from feyntune.errors import UserError
-from feyntune.evaluation import completion_stats, human_and_judge_sections, seeds, statistics, task_sections
-from feyntune.evaluation.config import CompareConfig, primary_category
+from feyntune.evaluation import completion_stats, extraction, human_and_judge_sections, seeds, statistics, task_sections
+from feyntune.evaluation.config import CompareConfig, ExtractionConfig, primary_category
 from feyntune.evaluation.equal_tokens import equal_tokens
 from feyntune.evaluation.evaluate import category_of
 from feyntune.evaluation.report import render
 from feyntune.evaluation.retention import SPLIT as RETENTION
 from feyntune.evaluation.tables import table, to_markdown
 from feyntune.names import BASE, slug
+from feyntune.statistics import against_the_best
 
 HOW = {
     "abstract_mean": "exp of the mean loss over an abstract's text tokens, averaged over abstracts (FeynTune's)",
@@ -147,6 +148,8 @@ def compare(
         for name, measured in summary["completions"]["memorization"].items():
             system = summary["base"] if name == BASE else summary["variants"][name]
             system["memorization"] = measured["test"]["share"]
+    summary |= _extraction(systems, measured_as, config)
+    summary |= _as_served(systems, measured_as)
     rows = table(summary)
     summary["conclusion"] = _conclusion(systems, groups.primary, rows, config)
     if of_seeds is not None:
@@ -167,6 +170,7 @@ def compare(
         (folder.path / "table.md").write_text(
             to_markdown(rows, summary)
             + seeds.appendix(summary)
+            + extraction.appendix(summary)
             + task_sections.appendix(summary)
             + human_and_judge_sections.appendix(summary),
             encoding="utf-8",
@@ -201,7 +205,7 @@ def _systems(evaluations: Sequence[str | Path], split: str) -> dict[str, _System
     result: dict[str, _System] = {}
     for folder in map(Path, evaluations):
         manifest = open_artifact(folder, "evaluation")
-        names = sorted(manifest.inputs.keys() - {"split", "base", "test"})
+        names = sorted(manifest.inputs.keys() - {"split", "base", "test", "retention"})
         record = (folder / CONDITIONS).read_bytes() if CONDITIONS in manifest.files else None
         for name in ([BASE] if manifest.config["include_base"] else []) + names:
             if name in result:
@@ -224,11 +228,11 @@ def _systems(evaluations: Sequence[str | Path], split: str) -> dict[str, _System
 
 def _check_like(base: _System, other: _System) -> None:
     expected, actual = base.manifest, other.manifest
-    for what, key in (("test set", "test"), ("base model", "base")):
-        if expected.inputs[key] != actual.inputs[key]:
+    for what, key in (("test set", "test"), ("base model", "base"), ("retention texts", "retention")):
+        own, of_base = (m.inputs.get(key, "none")[:16] for m in (actual, expected))
+        if own != of_base:
             raise UserError(
-                f"{other.name} was measured on {what} {actual.inputs[key][:16]}, the base on "
-                f"{expected.inputs[key][:16]}: measure both in the same way."
+                f"{other.name} was measured on {what} {own}, the base on {of_base}: measure both in the same way."
             )
     if other.conditions != base.conditions or other.conditions is None:
         unlike = ", ".join(differences(other.conditions, base.conditions))
@@ -346,6 +350,32 @@ def _figures(systems: dict[str, _System], rows: np.ndarray, config: CompareConfi
     return result
 
 
+def _extraction(
+    systems: Mapping[str, _System], measured_as: Mapping[str, str], config: CompareConfig
+) -> dict[str, Any]:
+    """`extraction` for the summary, where it was measured."""
+    settings = systems[BASE].manifest.config.get("extraction")
+    if not settings:
+        return {}
+    tables, missing = {}, {}
+    for name, system in systems.items():
+        path = system.folder / "extraction" / f"{slug(measured_as[name])}.parquet"
+        if path.is_file():
+            tables[name] = pq.read_table(path)
+        elif name != BASE:
+            why = system.manifest.stats.get("extraction", {}).get(measured_as[name], {})
+            missing[name] = why.get("missing", "its evaluation holds none")
+    parsed = ExtractionConfig.model_validate(settings)
+    return {"extraction": extraction.figures(tables, missing, parsed, config.resamples, config.seed)}
+
+
+def _as_served(systems: Mapping[str, _System], measured_as: Mapping[str, str]) -> dict[str, Any]:
+    """`as_served` for the summary: of every system, how far the endpoint's arithmetic is from that of its scores."""
+    every = {n: s.manifest.stats.get("as_served", {}).get(measured_as[n]) for n, s in systems.items()}
+    known = {n: difference for n, difference in every.items() if difference}
+    return {"as_served": known} if known else {}
+
+
 def _conclusion(
     systems: dict[str, _System], rows: np.ndarray, ranked: list[dict[str, Any]], config: CompareConfig
 ) -> dict[str, Any]:
@@ -389,11 +419,15 @@ def _budget(
         others = {n: systems[n].only(rows) for n in names if n != best}
         behind = statistics.paired_bootstrap(systems[best].only(rows), others, config.resamples, config.seed)
         ranked = sorted(behind, key=lambda n: behind[n]["delta"]["mean"])
+        adjusted = against_the_best([behind[n]["p"] for n in ranked])
         result.append(
             {
                 "tokens": [min(known[n] for n in names), max(known[n] for n in names)],
                 "best": best,
-                "behind": [{"system": n, **{k: behind[n][k] for k in ("delta", "p_holm")}} for n in ranked],
+                "behind": [
+                    {"system": n, "delta": behind[n]["delta"], "p_adjusted": p}
+                    for n, p in zip(ranked, adjusted, strict=True)
+                ],
             }
         )
     return {

@@ -61,6 +61,13 @@ SCHEMA = pa.schema(
         ),  # reference continuation's own, with the same papers
     ]
 )
+SERVED = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("nll", pa.list_(pa.float32()), nullable=False),  # nats, of every token of the text after BOS
+        pa.field("lora", pa.string(), nullable=False),  # what the adapter was computed in
+    ]
+)
 SHARD = 32  # papers between two writes
 
 
@@ -123,6 +130,7 @@ class Completer:
     Args:
         key: what decides the completions apart from `config` and the adapter: base, precision.
         load: gives the base model; called only if something is left to complete.
+        sample: (id, text) to be scored by the engine too, as the endpoint would: `served`, by system, holds SERVED.
     """
 
     def __init__(
@@ -132,8 +140,11 @@ class Completer:
         folder: Path,
         key: Mapping[str, Any],
         load: Callable[[], Loaded],
+        sample: Sequence[tuple[str, str]] = (),
     ):
         self.prompts, self.config, self.folder, self.key, self.load = list(prompts), config, folder, key, load
+        self.sample = list(sample)
+        self.served: dict[str, pa.Table] = {}
         self.shards: list[Path] = []
         self.resumed = 0
 
@@ -151,11 +162,17 @@ class Completer:
         asked = [[p.id, p.prompt, p.reference] for p in self.prompts]
         pieces: dict[tuple[str, str, int], pa.Table] = {}
         missing: dict[tuple[str, str, int], Path] = {}
+        unscored: dict[str, Path] = {}
         for system in systems:
-            key = {**self.key, **how, "asked": asked, "adapter": digests.get(system)}
+            key = {**self.key, **how, "asked": asked, "sample": self.sample, "adapter": digests.get(system)}
             shards = self.folder / f".completions-{sha256_json(key)[:16]}"
             shards.mkdir(parents=True, exist_ok=True)
             self.shards.append(shards)
+            served = read_shard(shards / "served.parquet", SERVED, len(self.sample))
+            if served is None:
+                unscored[system] = shards / "served.parquet"
+            else:
+                self.served[system] = served
             for decoding in self.config.decodings:
                 for start in range(0, len(self.prompts), SHARD):
                     path = shards / f"{decoding}-{start:06d}.parquet"
@@ -165,9 +182,9 @@ class Completer:
                     else:
                         pieces[system, decoding, start] = table
                         self.resumed += 1
-        if missing:
-            needed = {system for system, _, _ in missing} - {BASE}
-            made = asyncio.run(self._make(missing, {name: Path(adapters[name]) for name in sorted(needed)}))
+        if missing or unscored:
+            needed = {*(system for system, _, _ in missing), *unscored} - {BASE}
+            made = asyncio.run(self._make(missing, unscored, {name: Path(adapters[name]) for name in sorted(needed)}))
             pieces |= made
         order = [("id", "ascending"), ("decoding", "ascending")]
         result = {}
@@ -181,7 +198,10 @@ class Completer:
         return result
 
     async def _make(
-        self, missing: Mapping[tuple[str, str, int], Path], adapters: Mapping[str, Path]
+        self,
+        missing: Mapping[tuple[str, str, int], Path],
+        unscored: Mapping[str, Path],
+        adapters: Mapping[str, Path],
     ) -> dict[tuple[str, str, int], pa.Table]:
         """Everything that is missing in one engine; a shard is written when the last of its papers is there."""
         from feyntune.engine.api import EngineSettings, InvalidAdapterError
@@ -203,7 +223,7 @@ class Completer:
             cache_tokens=max(
                 64, 16 * math.ceil(longest / 16), min(self.config.max_concurrent_requests * (longest + 16), 65536)
             ),
-            queue=len(missing) * SHARD,
+            queue=max(len(missing) * SHARD, len(self.sample)),
         )
         engine = BatchingEngine(loaded.model, loaded.eos, settings)
         engine.start()
@@ -214,6 +234,9 @@ class Completer:
                     await engine.load_adapter(name, folder)
                 except InvalidAdapterError as e:
                     raise UserError(f"Adapter {name} ({folder}) cannot complete texts: {e}.") from e
+            for system, path in unscored.items():
+                self.served[system] = await self._score(engine, loaded, system)
+                write_shard(self.served[system], path)
             with progress("complete", sum(len(self._papers(start)) for _, _, start in missing), "texts") as bar:
 
                 async def shard(system: str, decoding: str, start: int) -> None:
@@ -229,6 +252,17 @@ class Completer:
         finally:
             engine.stop()
         return made
+
+    async def _score(self, engine: Any, loaded: Loaded, system: str) -> pa.Table:
+        """SERVED of the sample under one system, by the engine."""
+        adapter = None if system == BASE else system
+        ask = [engine.score(adapter, prompt_tokens(loaded.tokenizer, text), 0) for _, text in self.sample]
+        lora = str(loaded.model.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        rows = [
+            {"id": identifier, "nll": [-t.logprob for t in tokens[1:]], "lora": lora}
+            for (identifier, _), tokens in zip(self.sample, await asyncio.gather(*ask), strict=True)
+        ]
+        return pa.Table.from_pylist(rows, SERVED)
 
     def _papers(self, start: int) -> list[Prompt]:
         return self.prompts[start : start + SHARD]

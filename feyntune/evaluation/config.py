@@ -69,6 +69,34 @@ class CompletionsConfig(BaseModel):
         return value
 
 
+class ExtractionConfig(BaseModel):
+    """Training papers that a variant is tried to be made to repeat, each beside a test paper of the same age."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    papers: int = Field(
+        400, ge=2, description="Pairs of a training and a test paper of each variant's mixture, at most."
+    )
+    prompts: list[Annotated[int, Field(ge=1)]] = Field(
+        [25, 50, 100], min_length=1, description="Tokens of a paper that are given, one length after another."
+    )
+    continuation: int = Field(
+        50, ge=1, description="Tokens after them that must follow exactly for the paper to count as reproduced."
+    )
+
+    @field_validator("prompts")
+    @classmethod
+    def _ascending(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("a prompt length is named twice: name each once")
+        return sorted(value)
+
+    @property
+    def tokens(self) -> int:
+        """Of a paper that are read."""
+        return max(self.prompts) + self.continuation
+
+
 _SHIPPED = "package:feyntune/evaluation/retention_texts"
 RETENTION = {name: f"{_SHIPPED}/{name}.jsonl" for name in ("everyday", "other-sciences")}
 
@@ -85,9 +113,15 @@ class EvaluateConfig(BaseModel):
         "are scored. The paper measures on hep-th; the transfer matrix needs the others too.",
     )
     include_base: bool = Field(True, description="Score the base model itself beside the adapters.")
-    precision: Literal["fp32", "bf16", "nf4"] = Field(
+    precision: Literal["fp32", "bf16", "fp16", "nf4"] = Field(
         "bf16",
         description="Precision of the base's weights. The paper measures on 16-bit weights what it trained on 4-bit.",
+    )
+    paper_perplexity: bool = Field(
+        False,
+        description="Measure perplexity exactly as the paper: weights and arithmetic in fp16, whatever `precision` "
+        "says. The rest of its definition always holds for `abstract_mean`: BOS before an abstract, no EOS, mean over "
+        "abstracts. Its batches of 12 change nothing: padding is not attended to.",
     )
     tokens_per_batch: int = Field(4096, ge=1, description="Maximum tokens of one packed batch.")
     tokens_per_head: int = Field(
@@ -97,12 +131,23 @@ class EvaluateConfig(BaseModel):
         RETENTION,
         description="Texts far from the mixtures by name: JSON lines files with a `text` a line (a path, "
         "`s3://BUCKET/FILE`, or `package:NAME/FILE`). How much worse a variant is on them is in the transfer matrix, "
-        "and the gate may limit it. The contents of a file should not change under its name. `false`: none.",
+        "and the gate may limit it. A file whose content changes is another one: what was scored is scored again. "
+        "`false`: none.",
     )
     retention_texts: int = Field(64, ge=2, description="Maximum texts of each retention set.")
     completions: Annotated[CompletionsConfig | None, BeforeValidator(_off)] = Field(
-        CompletionsConfig(), description="What is completed, and how; `false` measures perplexity alone."
+        CompletionsConfig(), description="What is completed, and how; `false` completes nothing."
     )
+    extraction: Annotated[ExtractionConfig | None, BeforeValidator(_off)] = Field(
+        ExtractionConfig(),
+        description="How much of its training papers a variant can be made to repeat; `false` leaves it out.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_paper(cls, value: Any) -> Any:
+        """One setting is enough, also over a recipe that names a precision."""
+        return {**value, "precision": "fp16"} if isinstance(value, dict) and value.get("paper_perplexity") else value
 
     @field_validator("retention")
     @classmethod

@@ -20,8 +20,9 @@ from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, read_
 from feyntune.artifacts.cache import EVALUATION_VERSION
 from feyntune.conditions import CONDITIONS, Conditions
 from feyntune.errors import UserError
-from feyntune.evaluation import completions
+from feyntune.evaluation import as_served, completions, extraction
 from feyntune.evaluation.config import EvaluateConfig
+from feyntune.evaluation.prompts import sample_papers
 from feyntune.evaluation.retention import retention_papers
 from feyntune.evaluation.shards import read_shard, write_shard
 from feyntune.model.base import pin_base, split_pin
@@ -57,8 +58,10 @@ def evaluate(
     """Score every system into a sealed `evaluation` at `out`: `scores/SLUG.parquet`, columns as SCHEMA, by id.
 
     `conditions.json` says how (feyntune.conditions): what figures must agree in to be compared.
-    With `config.completions` also `completions/SLUG.parquet`, columns as completions.SCHEMA, by id and decoding.
-    The manifest's inputs name the split, the base, each adapter and the test set (`test`, see test_digest).
+    With `config.completions` also `completions/SLUG.parquet`, columns as completions.SCHEMA, by id and decoding; with
+    `config.extraction`, `extraction/SLUG.parquet` of every adapter, columns as extraction.SCHEMA. The manifest's
+    inputs name the split, the base, each adapter, the test set (`test`, see test_digest) and the retention texts. Its
+    stats say how much the endpoint's arithmetic differs from that of the scores (`as_served`).
 
     Args:
         data: a sealed `split`.
@@ -82,6 +85,8 @@ def evaluate(
     papers = test_papers(data, config.categories)
     inputs["test"] = test_digest(papers)
     distant = retention_papers(config.retention, config.retention_texts)
+    if config.retention:
+        inputs["retention"] = test_digest(distant)
     papers = pa.concat_tables([papers, distant.select(papers.column_names).cast(papers.schema)]).sort_by("id")
 
     if (out / MANIFEST).is_file():
@@ -99,6 +104,11 @@ def evaluate(
         for system in systems:  # the base first, while there is no adapter in it
             table = scorer.score(system, adapters.get(system), inputs.get(system))
             pq.write_table(table, folder.path / "scores" / f"{slug(system)}.parquet")
+            if config.extraction is not None and system in adapters:
+                missing = _extract(scorer, folder.path, data, system, adapters[system], inputs)
+                folder.stats.setdefault("extraction", {})[system] = missing
+            if config.completions is not None:
+                scorer.sample(system, adapters.get(system), inputs.get(system))
         folder.stats |= scorer.stats()
         if config.completions is not None:
             (folder.path / "completions").mkdir()
@@ -106,8 +116,26 @@ def evaluate(
             for system, table in tables.items():
                 pq.write_table(table, folder.path / "completions" / f"{slug(system)}.parquet")
             folder.stats["completions"] = stats
+            folder.stats["as_served"] = scorer.as_served
     scorer.forget()
     return open_artifact(out, "evaluation")
+
+
+def _extract(
+    scorer: "_Scorer", folder: Path, data: str | Path, system: str, adapter: str | Path, inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write one adapter's `extraction/SLUG.parquet`; {} or {missing: why there is none}."""
+    settings, mixture = scorer.config.extraction, _mixture(system, adapter)
+    assert settings is not None
+    if read_manifest(adapter).inputs.get("split") != inputs["split"]:
+        return {"missing": "it was trained on another split: which papers it has read is not known here"}
+    pairs = extraction.pairs(data, mixture or "", settings.papers)
+    if pairs.num_rows < 4:
+        return {"missing": f"fewer than two pairs of papers of {mixture or 'its mixture'} of the same age"}
+    table = scorer.extract(system, adapter, inputs[system], pairs)
+    (folder / "extraction").mkdir(exist_ok=True)
+    pq.write_table(table, folder / "extraction" / f"{slug(system)}.parquet")
+    return {}
 
 
 def _complete(
@@ -122,12 +150,18 @@ def _complete(
     assert config.completions is not None
     asked = completions.prompts(scorer.papers, config.categories, config.completions)
     key = {"base": inputs["base"], "precision": config.precision}
-    completer = completions.Completer(asked, config.completions, scorer.folder, key, scorer.generator)
+    sample = [(p["id"], p["abstract"]) for p in scorer.served_sample().to_pylist()]
+    completer = completions.Completer(asked, config.completions, scorer.folder, key, scorer.generator, sample)
     started = time.monotonic()
     digests = {name: inputs[name] for name in adapters}
     made = completer.complete(systems, adapters, digests)
     seconds = time.monotonic() - started
     scorer.shards += completer.shards
+    for system, served in completer.served.items():
+        scored_by = {"lora": LORA, "attention": scorer.conditions.attention}
+        served_by = {"lora": served["lora"][0].as_py(), "attention": "sdpa"}
+        scored, by_engine = scorer.sampled[system]["nll"].to_pylist(), served["nll"].to_pylist()
+        scorer.as_served[system] = as_served.difference(scored, by_engine, scored_by, served_by)
     mixtures = {s: _mixture(s, adapters[s]) if s in adapters else None for s in systems}
     tables, stats = completions.measure(made, data, mixtures, config.completions)
     papers = len(pc.unique(next(iter(tables.values()))["id"]))
@@ -210,29 +244,24 @@ class _Scorer:
         self.conditions = conditions
         self.shards: list[Path] = []
         self.model: Any = None
+        self.loaded: str | Path | None = None  # the adapter in use
+        self.base_tokens: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.sampled: dict[str, pa.Table] = {}
+        self.as_served: dict[str, Any] = {}
         self.tokens, self.seconds, self.resumed = 0, 0.0, 0
 
     def score(self, system: str, adapter: str | Path | None, digest: str | None) -> pa.Table:
         """Scores of one system as SCHEMA, sorted by id."""
-        key = {"base": split_pin(self.base)[1], "adapter": digest, **self.conditions.model_dump()}
-        key |= {"texts": test_digest(self.papers)}
-        key |= self.config.model_dump(mode="json", exclude={"include_base", "categories", "completions"})
-        shards = self.folder / f".scores-{sha256_json(key)[:16]}"
-        shards.mkdir(parents=True, exist_ok=True)
-        self.shards.append(shards)
-
+        shards = self._shards(digest, self.papers)
         order = self._order()
         pieces = []
-        adapted = False
         with progress(f"score {system}", len(order), "abstracts") as bar:
             for start in range(0, len(order), SHARD):
                 rows = order[start : start + SHARD]
                 path = shards / f"{start:08d}.parquet"
                 table = read_shard(path, SCHEMA, len(rows))
                 if table is None:
-                    if not adapted:
-                        self._load(adapter)
-                        adapted = True
+                    self._load(adapter)
                     table = self._score_rows(rows)
                     write_shard(table, path)
                 else:
@@ -240,6 +269,63 @@ class _Scorer:
                 pieces.append(table)
                 bar.advance(len(rows))
         return pa.concat_tables(pieces).sort_by("id")
+
+    def _shards(self, digest: str | None, papers: pa.Table) -> Path:
+        """The folder of what is known already of these papers under an adapter."""
+        key = {"base": split_pin(self.base)[1], "adapter": digest, **self.conditions.model_dump()}
+        key |= {"texts": test_digest(papers)}
+        key |= self.config.model_dump(mode="json", exclude={"include_base", "categories", "completions", "extraction"})
+        shards = self.folder / f".scores-{sha256_json(key)[:16]}"
+        shards.mkdir(parents=True, exist_ok=True)
+        self.shards.append(shards)
+        return shards
+
+    def extract(self, system: str, adapter: str | Path, digest: str | None, pairs: pa.Table) -> pa.Table:
+        """Columns of extraction.SCHEMA: `pairs` read by the base with the adapter, and without it."""
+        assert self.config.extraction is not None
+        texts, most = pairs["abstract"].to_pylist(), self.config.extraction.tokens
+        path = self._shards(digest, pairs) / f"extraction-{most}.parquet"
+        table = read_shard(path, extraction.SCHEMA, pairs.num_rows)
+        if table is not None:
+            self.resumed += 1
+            return table
+        self._load(adapter)
+        own = self._score_tokens(texts, most)
+        known = sha256_json(texts)
+        if known not in self.base_tokens:  # adapters of one mixture have the same pairs
+            with self.model.disable_adapter():
+                self.base_tokens = {known: self._score_tokens(texts, most)}
+        columns = {c: pairs[c] for c in ("pair", "split", "id", "date")}
+        for before, scored in (("", own), ("base_", self.base_tokens[known])):
+            columns |= {f"{before}nll": [n for n, _ in scored], f"{before}greedy": [g for _, g in scored]}
+        table = pa.Table.from_pydict(columns, schema=extraction.SCHEMA)
+        write_shard(table, path)
+        return table
+
+    def served_sample(self) -> pa.Table:
+        """The test papers on which the endpoint's arithmetic is compared with the scores'."""
+        return sample_papers(self.papers.filter(pc.equal(self.papers["split"], "test")), as_served.TEXTS)
+
+    def sample(self, system: str, adapter: str | Path | None, digest: str | None) -> None:
+        """Log probabilities of the tokens of `served_sample`, by the arithmetic of the scores."""
+        papers = self.served_sample()
+        path = self._shards(digest, papers) / "sample.parquet"
+        table = read_shard(path, completions.SERVED, papers.num_rows)
+        if table is None:
+            self._load(adapter)
+            scored = [n for n, _ in self._score_tokens(papers["abstract"].to_pylist(), None)]
+            columns = {"id": papers["id"], "nll": scored, "lora": [LORA] * len(scored)}
+            table = pa.Table.from_pydict(columns, schema=completions.SERVED)
+            write_shard(table, path)
+        self.sampled[system] = table
+
+    def _score_tokens(self, texts: list[str], most: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Loss and "is a most likely token" of the first `most` tokens of each text."""
+        from feyntune.evaluation.scoring import score_tokens
+        from feyntune.model.load import prompt
+
+        documents = [prompt(self.tokenizer, t)[: None if most is None else most + 1] for t in texts]
+        return score_tokens(self.model, documents, self.config.tokens_per_batch, self.config.tokens_per_head)
 
     def _order(self) -> np.ndarray:
         """Rows from the longest abstract to the shortest: batches are even, and too little memory shows at once."""
@@ -257,8 +343,8 @@ class _Scorer:
             self.model = load_base(self.base, self.config.precision, device)
             check_vocab_size(self.model, self.tokenizer, self.base)
             self.hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        if adapter is not None:
-            self.model = with_adapter(self.model, adapter)
+        if adapter is not None and adapter != self.loaded:
+            self.model, self.loaded = with_adapter(self.model, adapter), adapter
 
     def generator(self) -> completions.Loaded:
         """The base model without adapters, ready to generate; nothing is scored after this."""

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.records import SOURCES
-from feyntune.evaluation import seeds, task_sections
+from feyntune.evaluation import as_served, extraction, seeds, task_sections
 from feyntune.evaluation.completion_stats import PUBLISHED as PUBLISHED_SIMILARITY
 from feyntune.names import BASE, split_seed
 from feyntune.tex import mark_words, set_formulas
@@ -73,6 +73,8 @@ def render(
         packages=manifests["evaluation"].packages,
         people=people,
         task_settings=task_sections.describe(summary["tasks"]["settings"]) if "tasks" in summary else [],
+        extraction_sentences=extraction.sentences(summary["extraction"]) if "extraction" in summary else [],
+        as_served=as_served.sentence(summary.get("as_served", {})),
         BASE=BASE,
     )
 
@@ -82,6 +84,7 @@ ONE_SEED = (
     "Each variant was trained with one seed: the ranking holds within it, and what another seed would change is not "
     "measured (--seeds 3 does)."
 )
+ONE_SEED_ALONE = "It was trained with one seed: what another seed would change is not measured (--seeds 3 does)."
 SIGNIFICANT = "95 % CI, Holm-adjusted p < 0.05"
 
 
@@ -96,7 +99,8 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
     if result["best"] is None:
         return [
             f"None of {len(variants)} variant{'s' if len(variants) > 1 else ''} is significantly better than the base "
-            f"model on {n} ({SIGNIFICANT})."
+            f"model on {n} ({SIGNIFICANT}).",
+            ONE_SEED if len(variants) > 1 else ONE_SEED_ALONE,
         ]
     name = result["best"]
     best, base = variants[name], summary["base"]["perplexity"]["abstract_mean"]
@@ -123,7 +127,7 @@ def conclusion(summary: dict[str, Any]) -> list[str]:
             f"{result['better_than_base']} of {len(variants)} variants are significantly better than the base "
             f"({SIGNIFICANT})."
         )
-        sentences.append(ONE_SEED)
+    sentences.append(ONE_SEED if len(variants) > 1 else ONE_SEED_ALONE)
     return sentences
 
 

@@ -40,6 +40,15 @@ def retention_papers(sources: Mapping[str, str] | None, most: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema)
 
 
+def source_digest(name: str, source: str) -> str:
+    """Of the content of a set's file: the same name does not mean the same texts.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return hashlib.sha256(_read(source, f"evaluate.retention.{name}: {source}").encode()).hexdigest()
+
+
 def _texts(name: str, source: str) -> list[str]:
     where = f"evaluate.retention.{name}: {source}"
     texts = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from feyntune.evaluation.statistics import seeds_and_abstracts, t_interval
 from feyntune.names import split_seed
-from feyntune.statistics import holm
+from feyntune.statistics import against_the_best, holm
 
 Members = dict[str, dict[int, str]]  # variant -> seed -> system
 
@@ -64,8 +64,8 @@ def figures(
     Returns:
         `variants[NAME]`: every seed's figures; `sd`, `lowest`, `highest` and `interval` (t, seeds alone) of the mean
         perplexity minus the base's; `minus_base` over seeds and abstracts. `best`: the lowest mean that is
-        significantly below the base. `behind`: every other variant minus the best; `tied`: those of them that seeds
-        and abstracts do not tell from it (Holm-adjusted p of 0.05 or more).
+        significantly below the base. `behind`: every other variant minus the best, with p_adjusted over all pairs;
+        `tied`: those of them that seeds and abstracts do not tell from it (p_adjusted of 0.05 or more).
     """
     stacked = {v: np.stack([each[name] for name in by_seed.values()]) for v, by_seed in members.items()}
     variants: dict[str, Any] = {}
@@ -92,8 +92,10 @@ def figures(
     better = [n for n, v in variants.items() if _below(v["minus_base"])]
     best = min(better, key=lambda n: variants[n]["perplexity"], default=None)
     behind = {n: seeds_and_abstracts(rows, stacked[best]) for n, rows in stacked.items() if best not in (None, n)}
-    _adjust(list(behind.values()))
-    tied = [n for n, d in behind.items() if d["p_holm"] is None or d["p_holm"] >= 0.05]
+    compared = [d for d in behind.values() if d["p"] is not None]
+    for d, p in zip(compared, against_the_best([d["p"] for d in compared]), strict=True):
+        d["p_adjusted"] = p
+    tied = [n for n, d in behind.items() if d.get("p_adjusted", 1.0) >= 0.05]
     return {
         "variants": variants,
         "best": best,

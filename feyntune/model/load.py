@@ -30,7 +30,7 @@ from feyntune.telemetry import progress
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Precision = Literal["fp32", "bf16", "nf4"]
+Precision = Literal["fp32", "bf16", "fp16", "nf4"]
 
 # The libraries' own bars and a word to peft's authors would stand between our lines.
 transformers_logging.disable_progress_bar()
@@ -100,7 +100,8 @@ def load_base(
     folder = fetch_base(base, precision)
     device = torch.device(device)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": compute}[precision]}
+    of = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "nf4": compute}
+    options: dict[str, Any] = {"dtype": of[precision]}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         quantized = getattr(config, "quantization_config", None)

@@ -48,6 +48,18 @@ class Interval(BaseModel):
     high: FiniteFloat
 
 
+class AsServed(BaseModel):
+    """How far the endpoint's log-probabilities are from the scores' (feyntune.evaluation.as_served); nats a token."""
+
+    model_config = ConfigDict(frozen=True)
+
+    texts: int
+    mean_difference: FiniteFloat
+    largest_difference: FiniteFloat
+    scored: dict[str, str | float]  # lora, attention, perplexity
+    served: dict[str, str | float]
+
+
 class Measured(BaseModel):
     """One variant's figures from one comparison. `test` and `base` are digests; `conditions` is None before 0.2."""
 
@@ -61,6 +73,7 @@ class Measured(BaseModel):
     delta: Interval  # variant minus base: below zero is better
     conditions: Conditions | None = None
     changes: dict[str, Interval] = {}  # on other categories and retention sets, in percent of the base's perplexity
+    as_served: AsServed | None = None  # None before 0.2, and where nothing was completed
     # Events before 0.2 spell it with an s.
     memorization: FiniteFloat | None = Field(None, validation_alias=AliasChoices("memorization", "memorisation"))
 

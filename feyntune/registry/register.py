@@ -201,6 +201,7 @@ class _Summary(BaseModel):
     conditions: Conditions | None = None  # comparisons before 0.2 have none
     transfer: dict[str, Any] = {}
     retention: dict[str, Any] = {}
+    as_served: dict[str, Any] = {}
     variants: dict[str, dict[str, Any]]
     failures: list[_Failure] = []
     completions: _Completions = _Completions()
@@ -236,6 +237,7 @@ def _version(name: str, folder: Path, summary: _Summary, comparison: str, policy
             delta=variant.delta,
             conditions=summary.conditions,
             changes=_changes(summary, name),
+            as_served=summary.as_served.get(name),
             memorization=variant.memorization,
         )
     except ValidationError as e:

@@ -29,8 +29,8 @@ def better(evaluation, out, factor, order=1):
     """A copy of an evaluation whose only system has `factor` times the loss, rows in another order."""
     manifest = read_manifest(evaluation)
     with write_artifact(out, "evaluation", manifest.inputs, manifest.config) as folder:
-        (folder.path / "scores").mkdir()
-        (folder.path / "completions").mkdir()
+        for kind in ("scores", "completions", "extraction"):
+            (folder.path / kind).mkdir()
         folder.stats |= manifest.stats
         for name in manifest.files:
             if not name.startswith("scores/"):
@@ -212,7 +212,7 @@ def test_the_tables_hold_every_system(compared):
         assert float(row["token"]) == summary["variants"][row["system"]]["perplexity"]["token"]
     lines = (compared / "table.md").read_text().splitlines()
     tables = [list(t) for bar, t in groupby(lines, lambda line: line.startswith("|")) if bar]
-    assert len(tables) == 2  # perplexity, and completions
+    assert len(tables) == 3  # perplexity, completions, and training papers reproduced
     assert any("failed in train: " in line for line in lines)
 
 

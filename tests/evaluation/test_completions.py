@@ -209,7 +209,7 @@ def test_a_killed_evaluation_goes_on_with_its_completions(tmp_path, split, tiny_
         evaluate(split, tiny_base, adapters, tmp_path / "evaluation", config(holdout_papers=3))
     monkeypatch.undo()
     monkeypatch.setattr(room, "SHARD", 4)
-    stored = len(list(tmp_path.glob(".completions-*/*.parquet")))
+    stored = len(list(tmp_path.glob(".completions-*/*-*.parquet")))
     assert 0 < stored < 18
     manifest = evaluate(split, tiny_base, adapters, tmp_path / "evaluation", config(holdout_papers=3))
     assert manifest.stats["completions"]["shards_resumed"] == stored

@@ -87,7 +87,7 @@ def test_in_a_browser_everything_is_visible_and_nothing_is_fetched(tmp_path, com
     assert result["sections"] == SECTIONS
     assert result["forest"] == [True, True]
     assert result["curves"] == [True, True]
-    assert len(result["tables"]) == 8
+    assert len(result["tables"]) == 10
     assert all(result["tables"])
     assert result["marks"]
     assert set(result["marks"]) == {"underline 600"}  # not by color alone
@@ -109,6 +109,7 @@ SECTIONS = [
     "Completions",
     "Memorization",
     "Completions side by side",
+    "Training papers reproduced",
     "Corpus and audit",
     "How to reproduce",
 ]

@@ -16,6 +16,7 @@ from feyntune.evaluation.compare import compare
 from feyntune.evaluation.config import EvaluateConfig
 from feyntune.evaluation.evaluate import evaluate
 from feyntune.evaluation.retention import absolute_sources, retention_papers
+from feyntune.keys import variant_keys
 from feyntune.registry.register import register
 from feyntune.training.config import TrainConfig
 from feyntune.training.train import train
@@ -116,3 +117,37 @@ def test_of_a_large_set_the_same_few_are_taken_and_paths_are_made_whole(tmp_path
     monkeypatch.chdir(tmp_path)
     recipe = {"evaluate": {"retention": {"mine": "set.jsonl", "other": "s3://b/x.jsonl"}}}
     assert absolute_sources(recipe)["evaluate"]["retention"] == {"mine": str(path), "other": "s3://b/x.jsonl"}
+
+
+def test_a_file_that_changes_under_its_name_is_scored_again(tmp_path, tiny_base, tiny_split):
+    path = tmp_path / "set.jsonl"
+    write = lambda path, *lines: path.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    write(path, "The soup needs salt.", "A loaf hides more salt.")
+    key = lambda p: variant_keys("split", f"/base@{'a' * 64}", {"evaluate": {"retention": {"mine": str(p)}}}, "base")[1]
+    before = key(path)
+    shutil.copyfile(path, tmp_path / "copy.jsonl")
+    assert key(tmp_path / "copy.jsonl") == before  # the content counts, not the place
+
+    settings = EvaluateConfig(precision="fp32", completions=None, retention={"mine": str(path)})
+    first = evaluate(tiny_split, tiny_base, {}, tmp_path / "out", settings)
+    assert evaluate(tiny_split, tiny_base, {}, tmp_path / "out", settings).digest == first.digest
+    write(path, "The soup needs salt.", "Another text.")
+    assert key(path) != before
+    with pytest.raises(UserError, match="holds an evaluation of something else"):
+        evaluate(tiny_split, tiny_base, {}, tmp_path / "out", settings)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        key(path)
+
+
+def test_systems_scored_on_different_retention_texts_are_not_compared(tmp_path, tiny_base, tiny_split, compared):
+    _, adapters = compared
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"text": "The soup needs salt."}\n{"text": "A loaf hides more salt."}\n')
+    settings = EvaluateConfig(precision="fp32", completions=None, retention={"mine": str(path)}, extraction=None)
+    evaluate(tiny_split, tiny_base, {}, tmp_path / "base", settings)
+    path.write_text('{"text": "The soup needs salt."}\n{"text": "Another text."}\n')
+    alone = settings.model_copy(update={"include_base": False})
+    evaluate(tiny_split, tiny_base, {SOUND: adapters[SOUND]}, tmp_path / "variant", alone)
+    with pytest.raises(UserError, match=r"was measured on retention texts .*, the base on .*: measure both"):
+        compare([tmp_path / "base", tmp_path / "variant"], adapters, tiny_split, tmp_path / "out", config=QUICK)

@@ -9,6 +9,7 @@ from scipy.stats import bootstrap
 
 from feyntune.errors import UserError
 from feyntune.evaluation import statistics
+from feyntune.statistics import against_the_best
 
 
 def scores(losses, tokens, eos=None):
@@ -106,6 +107,22 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_company():
 def test_one_abstract_is_not_enough():
     with pytest.raises(UserError, match="says nothing"):
         statistics.paired_bootstrap(random_scores(1, 1), {"v": random_scores(1, 2)})
+
+
+def test_the_best_of_twenty_equal_systems_is_seldom_told_apart_from_another():
+    from scipy.stats import norm
+
+    rng = np.random.default_rng(0)
+    by_all_pairs = by_holm = 0
+    for _ in range(500):
+        systems = np.sort(rng.normal(0, 1, 20))
+        p = (2 * norm.sf((systems[1:] - systems[0]) / np.sqrt(2))).tolist()
+        by_all_pairs += min(against_the_best(p)) < 0.05
+        by_holm += min(statistics.holm(p)) < 0.05
+    assert by_all_pairs / 500 <= 0.05
+    assert by_holm / 500 > 0.15  # the weakness that it corrects
+    assert against_the_best([0.01]) == [0.01]  # of two there is one pair
+    assert against_the_best([]) == []
 
 
 def test_holm_on_the_textbook_case():

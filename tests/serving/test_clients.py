@@ -59,14 +59,29 @@ PROGRAMS = {
         from lm_eval.api.instance import Instance
         from lm_eval.models.openai_completions import LocalCompletionsAPI
         model = LocalCompletionsAPI(
-            base_url=url + "/v1/completions", model="champion", tokenizer=tokenizer, tokenizer_backend="huggingface"
+            base_url=url + "/v1/completions", model="champion", tokenizer=tokenizer, tokenizer_backend="huggingface",
+            add_bos_token=True,
         )
-        pairs = [("The soup", " has more salt."), ("A loaf", " needs the long winter.")]
-        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        requests = [Instance("loglikelihood", {}, tuple(pair), i) for i, pair in enumerate(pairs)]
         answers = model.loglikelihood(requests, disable_tqdm=True)
-        assert len(answers) == 2 and all(total < 0 for total, _ in answers)
+        assert all(abs(answer[0] - own) < 1e-4 for answer, own in zip(answers, in_process, strict=True)), answers
     """),
 }  # fmt: skip
+
+
+PAIRS = [("The soup", " has more salt."), ("A loaf", " needs the long winter.")]
+
+
+@pytest.fixture(scope="module")
+def in_process(tiny_base: str, adapters: dict[str, Path]) -> list[float]:
+    """Log-likelihoods of PAIRS under the champion, as `feyntune tasks` computes them."""
+    from lm_eval.api.instance import Instance
+
+    from feyntune.tasks.tasks import SystemModels
+
+    model = SystemModels(tiny_base, "fp32", 2).harness_model(adapters["hep-th/lora-all"])
+    ask = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
+    return [float(total) for total, _ in model.loglikelihood(ask, disable_tqdm=True)]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +102,16 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list[str]
 
 @pytest.mark.parametrize("client", PROGRAMS)
 def test_a_client_of_today_gets_its_answers(
-    endpoint, tiny_base: str, python: Callable[[str, list[str]], Path], tmp_path: Path, client: str
+    endpoint,
+    tiny_base: str,
+    in_process: list[float],
+    python: Callable[[str, list[str]], Path],
+    tmp_path: Path,
+    client: str,
 ) -> None:
     more, program = PROGRAMS[client]
     lines = [f"url, tokenizer, port, grpc_port = {(endpoint.url, tiny_base, endpoint.port, endpoint.grpc_port)!r}"]
+    lines += [f"pairs, in_process = {(PAIRS, in_process)!r}"]
     lines += [line.removeprefix(" " * 8) for line in program.splitlines()]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [str(python(client, more)), "-c", "\n".join(lines)]
