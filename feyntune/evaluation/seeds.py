@@ -91,7 +91,9 @@ def figures(
     _adjust([v["minus_base"] for v in variants.values()])
     better = [n for n, v in variants.items() if _below(v["minus_base"])]
     best = min(better, key=lambda n: variants[n]["perplexity"], default=None)
-    behind = {n: seeds_and_abstracts(rows, stacked[best]) for n, rows in stacked.items() if best not in (None, n)}
+    behind: dict[str, Any] = {}
+    if best is not None:
+        behind = {n: seeds_and_abstracts(rows, stacked[best]) for n, rows in stacked.items() if n != best}
     compared = [d for d in behind.values() if d["p"] is not None]
     for d, p in zip(compared, against_the_best([d["p"] for d in compared]), strict=True):
         d["p_adjusted"] = p
