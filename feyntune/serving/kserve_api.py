@@ -113,7 +113,12 @@ class NamedModel(kserve.Model):
         raise AssertionError("unreachable")
 
 
+_NOT_READ = "The body was not read: send JSON with the header content-type: application/json"
+
+
 def _v1_texts(payload: Any) -> list[str]:
+    if isinstance(payload, bytes):  # KServe reads JSON where the header says so, or where there is none
+        raise InvalidInput(_NOT_READ)
     instances = payload.get("instances") if isinstance(payload, dict) else None
     if not isinstance(instances, list) or not all(isinstance(i, str) for i in instances):
         raise InvalidInput('send JSON: {"instances": ["text", ...], "parameters": {"max_tokens": 16}}')
@@ -298,6 +303,8 @@ class _Rest(RESTServer):
             first = e.errors()[0]
             param = faulty_field(first["loc"])
             error = ApiError(400, "invalid_request", f"{param or 'body'}: {first['msg']}", param=param or None)
+            if not param and not _says_json(request.headers.get("content-type", "")):
+                error = ApiError(415, "unsupported_media_type", f"{_NOT_READ}.")
             return error_response(request.url.path, error)
 
         async def invalid_input(request: HttpRequest, e: InvalidInput) -> Response:
@@ -330,6 +337,12 @@ class _Rest(RESTServer):
                 allow_headers=["*"],
                 expose_headers=["X-Request-Id", VERSION_HEADER, RELEASE_HEADER, "Retry-After"],
             )
+
+
+def _says_json(content_type: str) -> bool:
+    """Whether FastAPI reads a body as JSON, which it does not do unasked: any web page may send other types."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 _STATUS = {

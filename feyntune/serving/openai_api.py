@@ -38,6 +38,7 @@ def router(server: Server) -> APIRouter:
             401: "No key, or a wrong one",
             404: "There is no such model",
             413: "The body is too large",
+            415: "The body is not sent as application/json",
             429: "The queue is full: see Retry-After",
             503: "Loading, or stopping",
             504: "It took too long",

@@ -34,6 +34,7 @@ def router(server: Server) -> APIRouter:
         401: {"description": "No key, or a wrong one"},
         404: {"description": "There is no such model"},
         413: {"description": "The body is too large"},
+        415: {"description": "The body is not sent as application/json"},
         503: {"description": "Loading"},
     }
 

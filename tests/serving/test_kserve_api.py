@@ -1,6 +1,7 @@
 """V1 and V2 through KServe's own clients, REST and gRPC."""
 
 import asyncio
+import json
 
 import grpc
 import httpx
@@ -103,6 +104,19 @@ def test_parameters_that_ask_for_nothing_are_accepted(endpoint):
     asked = {"inputs": [tensor], "parameters": NEUTRAL}
     outputs = httpx.post(f"{endpoint.url}/v2/models/base/infer", json=asked).json()["outputs"]
     assert outputs[0]["data"] == plain["predictions"]
+
+
+def test_a_body_without_a_content_type_is_json_and_one_of_another_type_is_told_which_header(endpoint):
+    url, form = f"{endpoint.url}/v1/models/base:predict", {"content-type": "application/x-www-form-urlencoded"}
+    body = json.dumps({"instances": TEXTS[:1]}).encode()
+    assert httpx.post(url, content=body).json() == httpx.post(url, json={"instances": TEXTS[:1]}).json()
+    answer = httpx.post(url, content=body, headers=form)  # `curl -d` without -H
+    assert answer.status_code == 400
+    assert "with the header content-type: application/json" in answer.json()["error"]
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": TEXTS[:1]}
+    body = json.dumps({"inputs": [tensor]}).encode()  # V2 has types of its own for binary tensors
+    answer = httpx.post(f"{endpoint.url}/v2/models/base/infer", content=body, headers=form)
+    assert answer.status_code == 200, answer.text
 
 
 def test_settings_of_sampling_are_the_same_in_every_protocol(endpoint, tokenizer):

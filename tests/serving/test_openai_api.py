@@ -231,6 +231,18 @@ def test_a_body_that_is_no_json_or_too_large_is_refused(endpoint):
     assert large.json()["error"]["code"] == "body_too_large"
 
 
+@pytest.mark.parametrize("path", ["/openai/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_of_another_content_type_is_told_which_header_to_send(endpoint, path, kind):
+    """`curl -d` without -H. It is not read as JSON: a page of any origin may send these types unasked."""
+    headers = {} if kind is None else {"content-type": kind}
+    answer = httpx.post(endpoint.url + path, content=b'{"model": "base", "prompt": "x"}', headers=headers)
+    assert answer.status_code == 415, answer.text
+    assert answer.json()["error"]["message"] == (
+        "The body was not read: send JSON with the header content-type: application/json."
+    )
+
+
 def test_chat_with_a_template_streams_one_message(tiny_base, tmp_path):
     base = tmp_path / "chatty"
     shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("manifest.json"))
@@ -344,8 +356,8 @@ def test_every_answer_has_the_requests_own_id_or_a_new_one(endpoint):
         ("DELETE", "/openai/v1/models/base", 405),
         ("GET", "/v1/chat/completions", 405),
         ("GET", "/tokenize", 405),
-        ("POST", "/openai/v1/completions", 400),
-        ("POST", "/openai/v1/completions?a=b", 400),
+        ("POST", "/openai/v1/completions", 415),
+        ("POST", "/openai/v1/completions?a=b", 415),
     ],
 )
 def test_errors_of_every_route_have_openais_shape(endpoint, method, path, status):
