@@ -105,6 +105,19 @@ class ArtifactWriter:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
+def require_new(folder: str | Path) -> None:
+    """Check that an artifact can be written to `folder`: before work that takes long.
+
+    Raises:
+        ArtifactError: it is a file, or exists and is not empty. Artifacts are never overwritten.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file, where a folder is to be written: choose another name.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder} is not empty, and artifacts are never overwritten: choose another folder.")
+
+
 @contextmanager
 def write_artifact(
     folder: str | Path,
@@ -115,11 +128,10 @@ def write_artifact(
     """Write a temporary folder and rename it when it is complete; on an error leave nothing behind.
 
     Raises:
-        ArtifactError: `folder` exists and is not empty. Artifacts are never overwritten.
+        ArtifactError: see `require_new`.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} is not empty, and artifacts are never overwritten: choose another folder.")
+    require_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -185,6 +197,8 @@ def parse_manifest(raw: str | bytes, where: str) -> Manifest:
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest alone, without looking at the files."""
     path = Path(folder) / MANIFEST
+    if not Path(folder).is_dir():
+        raise ArtifactError(f"There is no folder {folder}: correct the path, or run the step that makes it first.")
     if not path.is_file():
         raise ArtifactError(f"{folder} is not an artifact (no {MANIFEST}): its step did not finish, run it again.")
     return parse_manifest(path.read_bytes(), str(path))

@@ -14,7 +14,15 @@ DEFAULT_WORKDIR = Path("runs")
 DEFAULT_REGISTRY = "runs/registry"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object and nothing else.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")]
+
+
+def _not_a_file(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, where a folder is to be written: choose another name.")
+    return folder
+
+
+Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.", callback=_not_a_file)]
 Data = Annotated[Path, typer.Option(help="Folder of a split.")]
 Base = Annotated[str, typer.Option(help="Base model: a folder, s3://BUCKET/FOLDER, or a hub id such as ORG/NAME.")]
 Adapters = Annotated[list[str], typer.Option("--adapter", help="Adapter as NAME=DIR; repeatable.")]
@@ -111,14 +119,27 @@ def require_artifact(path: str | Path, kind: str, made_by: str) -> None:
         hint = f"did you mean {inner}?" if inner else f"`feyntune {made_by}` did not finish there, run it again."
         raise UserError(f"{folder} has no manifest.json: {hint}")
     if _kind(manifest) != kind:
-        raise UserError(f"{folder} holds a {_kind(manifest)}, not a {kind}: give one that `feyntune {made_by}` wrote.")
+        found, an = _kind(manifest), "an" if kind[0] in "aeo" else "a"
+        raise UserError(f"{folder} is no {kind} but of kind {found}: give {an} {kind} that `feyntune {made_by}` wrote.")
 
 
 def _kind(manifest: Path) -> str:
+    from feyntune.artifacts.artifact import RENAMED_KINDS
+
     try:
-        return str(json.loads(manifest.read_text(encoding="utf-8"))["kind"])
+        kind = str(json.loads(manifest.read_text(encoding="utf-8"))["kind"])
+        return RENAMED_KINDS.get(kind, kind)
     except (ValueError, KeyError, TypeError, OSError):
         return "folder with an unreadable manifest.json"
+
+
+def pinned_base(base: str) -> str:
+    """`base` with its digest, after a look at its files that needs no torch."""
+    from feyntune.model.base import check_base, pin_base
+
+    pinned = pin_base(base)
+    check_base(base)
+    return pinned
 
 
 def parse_object(text: str, option: str, example: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def run(
     converted_text: ConvertedText = False,
     recipe: RecipeFile = None,
     changes: Changes = None,
-    devices: Annotated[int, typer.Option(help="Training processes, one for each GPU.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Training processes, one for each GPU.")] = 1,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Trainings of each variant; the report shows the spread between seeds.")
     ] = None,

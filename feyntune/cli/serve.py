@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from feyntune.cli.options import DEFAULT_REGISTRY, Base, RegistryUri, setup_logging, warn
+from feyntune.cli.options import DEFAULT_REGISTRY, Base, RegistryUri, pinned_base, setup_logging, warn
 from feyntune.errors import UserError
 
 app = typer.Typer()
@@ -73,11 +73,9 @@ def serve(
                 probe.bind((host, number))
             except OSError as e:
                 raise UserError(f"{option} {number}: cannot listen there ({e.strerror}); choose another.") from e
+    pinned_base(base)
     if "://" not in registry and not Path(registry).is_dir():
         warn(f"there is no registry at {registry}: serving the base model alone.")
-    from feyntune.model.base import pin_base
-
-    pin_base(base)
     from feyntune.serving.serve import serve
 
     serve(

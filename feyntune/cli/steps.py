@@ -20,6 +20,7 @@ from feyntune.cli.options import (
     RegistryUri,
     names_of,
     pairs_of,
+    pinned_base,
     print_result,
     print_table,
     recipe_of,
@@ -106,7 +107,6 @@ def train(
     require_artifact(data, "split", "split")
     _require_mixture(data, mixture)
     settings = recipe_of(recipe, changes, base, as_json).get("train", {})
-    from feyntune.model.base import pin_base
     from feyntune.training.launch import launch
     from feyntune.variants import METHODS
 
@@ -118,7 +118,7 @@ def train(
         data=str(data),
         mixture=mixture,
         method=method,
-        base=pin_base(base),
+        base=pinned_base(base),
         out=str(out),
         config=settings,
         checkpoints=checkpoints or str(out.with_name(f".{out.name}.state")),
@@ -138,6 +138,14 @@ def _require_mixture(data: Path, mixture: str) -> None:
         raise UserError(f"--mix {mixture}: the split {data} has no such mixture; {hint}")
 
 
+def _adapters(items: list[str]) -> dict[str, str]:
+    """`NAME=DIR` items as a mapping, each folder an adapter."""
+    adapters = pairs_of(items)
+    for folder in adapters.values():
+        require_artifact(folder, "adapter", "train")
+    return adapters
+
+
 @app.command(
     epilog="Example: feyntune evaluate --data split --base runs/base --adapter hep-th/lora-qkv=adapter --out measured"
 )
@@ -152,18 +160,18 @@ def evaluate(
 ) -> None:
     """Score the base and adapters on the test abstracts, and compare them."""
     require_artifact(data, "split", "split")
-    adapters = pairs_of(adapter or [])
-    for folder in adapters.values():
-        require_artifact(folder, "adapter", "train")
+    adapters = _adapters(adapter or [])
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, where a folder is to be written: choose another name.")
     from feyntune.evaluation.config import EvaluateConfig
 
     config = EvaluateConfig.model_validate(recipe_of(recipe, changes, base, as_json).get("evaluate", {}))
+    pinned = pinned_base(base)
     from feyntune.evaluation.compare import compare
     from feyntune.evaluation.evaluate import evaluate
-    from feyntune.model.base import pin_base
 
     setup_logging(quiet=as_json)
-    evaluate(str(data), pin_base(base), adapters, out / "scores", config)
+    evaluate(str(data), pinned, adapters, out / "scores", config)
     compare([out / "scores"], adapters, str(data), out / "comparison")
     _print_comparison(out / "comparison", as_json)
 
@@ -184,7 +192,17 @@ def compare(
 ) -> None:
     """Compare evaluations; optionally add the scores of people and judges."""
     require_artifact(data, "split", "split")
-    adapters = pairs_of(adapter)
+    for folder in evaluation:
+        require_artifact(folder, "evaluation", "evaluate")
+    adapters = _adapters(adapter)
+    for optional, kind, made_by in (
+        ([corpus] if corpus else [], "corpus", "ingest"),
+        ([people] if people else [], "study-result", "study score"),
+        (judges or [], "judgment", "judge"),
+        (tasks or [], "tasks", "tasks"),
+    ):
+        for folder in optional:
+            require_artifact(folder, kind, made_by)
     from feyntune.evaluation.compare import compare
 
     setup_logging(quiet=as_json)
@@ -224,7 +242,7 @@ def register(
 ) -> None:
     """Register measured adapters; promote the best one that passes the gate."""
     require_artifact(comparison, "comparison", "evaluate")
-    adapters = pairs_of(adapter)
+    adapters = _adapters(adapter)
     from feyntune.registry.register import register
 
     setup_logging(quiet=as_json)

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from feyntune.cli.options import Base, Json, Out, names_of, pairs_of, print_result, require_artifact, setup_logging
+from feyntune.cli.options import (
+    Base,
+    Json,
+    Out,
+    names_of,
+    pairs_of,
+    pinned_base,
+    print_result,
+    require_artifact,
+    setup_logging,
+)
+from feyntune.errors import UserError
 
 app = typer.Typer()
 
@@ -28,6 +39,11 @@ def tasks(
     adapters = pairs_of(adapter or [])
     for folder in adapters.values():
         require_artifact(folder, "adapter", "train")
+    if include is not None and not include.is_dir():
+        raise UserError(f"--include {include}: there is no such folder.")
+    if precision not in ("fp32", "bf16", "nf4"):
+        raise UserError(f"--precision {precision}: choose fp32, bf16 or nf4.")
+    pinned = pinned_base(base)
     from feyntune.tasks.tasks import TasksConfig, run_tasks
 
     setup_logging(quiet=as_json)
@@ -38,7 +54,7 @@ def tasks(
         limit=limit,
         batch_size=batch_size,
     )
-    manifest = run_tasks(base, adapters, out, config, include)
+    manifest = run_tasks(pinned, adapters, out, config, include)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     lines = [
         f"{system}  {task}  " + "  ".join(f"{m} {v:.4g}" for m, v in figures.items())

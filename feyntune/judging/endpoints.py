@@ -161,7 +161,9 @@ def load_endpoints(path: str | Path) -> dict[str, Endpoint]:
         raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: invalid YAML, correct it.") from None
     except ValidationError as e:
         first = e.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = ".".join(str(part) for part in first["loc"])
+        if where in ("", "endpoints"):
+            raise UserError(f"{path}: write a list under `endpoints:`, as docs/people.md shows.") from None
         raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}.") from None
     names = [e.name for e in parsed.endpoints]
     if len(set(names)) < len(names):

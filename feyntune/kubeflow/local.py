@@ -35,7 +35,7 @@ from feyntune.kubeflow.preflight import check_input, refuse_null
 from feyntune.kubeflow.run_view import RunView
 from feyntune.kubeflow.source_check import check_source
 from feyntune.kubeflow.step_runner import Runner, steps_by
-from feyntune.model.base import pin_base, require_tokenizer
+from feyntune.model.base import check_base, pin_base
 from feyntune.names import BASE, slug
 from feyntune.recipe import check_recipe, merge, read_recipe
 from feyntune.telemetry import ERROR, log
@@ -92,6 +92,8 @@ def run(
         RunFailed: a step or a variant failed; the other variants' results and the report are there.
     """
     recipe = recipe or {}
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file: give a folder.")
     refuse_null(recipe, "recipe")
     refuse_null(serving or {}, "serving")
     if base is None:
@@ -112,7 +114,7 @@ def run(
     )
     if base is not None:
         base = pin_base(base)
-        require_tokenizer(base)
+        check_base(base)
     check_source(
         source,
         load_mixtures(mixtures or None),

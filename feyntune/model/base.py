@@ -4,6 +4,7 @@ No heavy imports here: the preflight step runs in a second.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from feyntune.artifacts.names import split_pin
 from feyntune.artifacts.store import Store, open_store, pull, push, stored_manifest
 from feyntune.errors import UserError
 from feyntune.telemetry import log
+from feyntune.variants import load_variants
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
@@ -55,11 +57,43 @@ def pin_base(base: str) -> str:
     return f"{location}@{digest}"
 
 
-def require_tokenizer(base: str) -> None:
-    """Raise UserError where `base` is a folder without a tokenizer, which only the first training would notice."""
+def check_base(base: str) -> None:
+    """Look at a base's files before anything is computed: of a folder; elsewhere they are seen when they are fetched.
+
+    Raises:
+        UserError: no configuration of a model, no tokenizer, no weights, or none of the modules that adapters change.
+    """
     folder = Path(split_pin(base)[0])
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not folder.is_dir():
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"Base model {folder}: its config.json cannot be read ({e}); save the model again.") from e
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"Base model {folder}: its config.json names no model_type; give the folder of a saved model.")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise UserError(f"Base model {folder} has no tokenizer ({', '.join(_TOKENIZERS)}): save its tokenizer there.")
+    weights = [name for file in sorted(folder.glob("*.safetensors")) for name in _tensors(file)]
+    if not weights:
+        raise UserError(f"Base model {folder} has no weights (*.safetensors): save them there.")
+    modules = {part for name in weights for part in name.split(".")}
+    adapted = {module for method in load_variants().methods.values() for module in method.target_modules}
+    if not adapted <= modules or "hidden_size" not in config:
+        raise UserError(
+            f"Base model {folder} is a {config['model_type']} model: give one of Llama's architecture, with the modules "
+            f"that adapters change ({', '.join(sorted(adapted))})."
+        )
+
+
+def _tensors(file: Path) -> list[str]:
+    """The names in a safetensors file: eight bytes of length, then JSON (github.com/huggingface/safetensors)."""
+    try:
+        with file.open("rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        return [name for name in header if name != "__metadata__"]
+    except (OSError, ValueError, OverflowError, MemoryError) as e:
+        raise UserError(f"Base model {file}: it is no safetensors file ({type(e).__name__}); copy it again.") from e
 
 
 def folder_digest(folder: str | Path) -> str:

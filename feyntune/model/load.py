@@ -123,6 +123,10 @@ def load_base(
             )
     except (OSError, ValueError) as e:
         raise UserError(f"Base model {base} cannot be loaded as a causal model: {str(e).splitlines()[0]}") from e
+    except RuntimeError as e:
+        if "ignore_mismatched_sizes" not in str(e):
+            raise
+        raise UserError(f"Base model {base}: its weights are not those that its config.json describes.") from e
     if quantized is not None:
         _compute_in(model, compute)
     if device.type == "cpu":

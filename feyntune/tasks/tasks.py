@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, sha256_json, write_artifact
+from feyntune.artifacts.artifact import MANIFEST, Manifest, open_artifact, require_new, sha256_json, write_artifact
 from feyntune.errors import UserError
 from feyntune.model.base import pin_base, split_pin
 from feyntune.names import BASE
@@ -76,6 +76,7 @@ def run_tasks(
         if (done.inputs, done.config) == (inputs, settings):
             return done
         raise UserError(f"{out} holds tasks of something else: choose another folder.")
+    require_new(out)
 
     results, rows, about = _run(pinned, adapters, config, include)
     with write_artifact(out, "tasks", inputs, settings) as folder:

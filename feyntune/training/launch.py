@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from feyntune import forkserver
-from feyntune.artifacts.artifact import Manifest, is_artifact, open_artifact, read_manifest
+from feyntune.artifacts.artifact import Manifest, is_artifact, open_artifact, read_manifest, require_new
 from feyntune.artifacts.store import StoreError, open_store, pull, push, stored_manifest
 from feyntune.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
 from feyntune.model.base import pin_base, split_pin
@@ -74,6 +74,7 @@ def launch(
     if finished is not None:
         log.info("%s is trained already: %s", variant, out)
         return finished
+    require_new(out)
 
     job: dict[str, Any] = {"data": data, "mixture": mixture, "method": method, "base": base, "out": out}
     job |= {"checkpoints": checkpoints, "config": settings.model_dump(mode="json")}

@@ -35,7 +35,9 @@ def split(tmp_path: Path) -> Path:
 def test_a_folder_of_another_kind_is_named(split: Path, tmp_path: Path) -> None:
     train = ["--mix", "hep-th", "--method", "lora-all", "--base", "b", "--out", "o"]
     assert "There is no folder nowhere: make one with `feyntune split`" in _error("train", "--data", "nowhere", *train)
-    assert "holds a split, not a corpus" in _error("split", str(split), "--out", "o")
+    assert "is no corpus but of kind split: give a corpus that `feyntune ingest` wrote" in _error(
+        "split", str(split), "--out", "o"
+    )
     assert f"did you mean {split}?" in _error("train", "--data", str(tmp_path), *train)
 
 
@@ -74,6 +76,74 @@ def _raising(error: Exception):  # type: ignore[no-untyped-def]
         raise error
 
     return app
+
+
+def _saved(folder: Path, config: str, tensors: tuple[str, ...] = ("model.layers.0.self_attn.q_proj.weight",)) -> str:
+    """A folder that passes for a saved model."""
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in tensors}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "sentence"),
+    [
+        ("{}", (), "names no model_type"),
+        ("{,", (), "config.json cannot be read"),
+        ('{"model_type": "gpt2", "n_embd": 8}', ("h.0.attn.c_attn.weight",), "is a gpt2 model: give one of Llama's"),
+        ('{"model_type": "llama", "hidden_size": 8}', (), "has no weights"),
+        ('{"model_type": "llama", "hidden_size": 8}', ("lm_head.weight",), "with the modules that adapters change"),
+    ],
+)
+def test_a_base_that_adapters_cannot_change_is_refused_by_every_command(
+    split: Path, tmp_path: Path, config: str, tensors: tuple[str, ...], sentence: str
+) -> None:
+    base, out = _saved(tmp_path / "base", config, tensors), str(tmp_path / "out")
+    assert sentence in _error(
+        "train", "--data", str(split), "--base", base, "--mix", "hep-th", "--method", "lora-all", "--out", out
+    )
+    assert sentence in _error("evaluate", "--data", str(split), "--base", base, "--out", out)
+    assert sentence in _error("run", "--base", base, "--workdir", out)
+    assert sentence in _error("serve", "--base", base, "--port", "0", "--grpc-port", "0")
+    assert sentence in _error("tasks", "sciq", "--base", base, "--out", out)
+    assert not Path(out).exists()
+
+
+def test_a_weights_file_that_is_none_is_named(split: Path, tmp_path: Path) -> None:
+    base = _saved(tmp_path / "base", '{"model_type": "llama", "hidden_size": 8}')
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        (tmp_path / "base/model.safetensors").write_bytes(content)
+        sentence = _error("evaluate", "--data", str(split), "--base", base, "--out", "o")
+        assert "model.safetensors: it is no safetensors file" in sentence
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(split: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    train = ["--data", str(split), "--mix", "hep-th", "--method", "lora-all", "--base", "b"]
+    for command in (["train", *train], ["evaluate", "--data", str(split), "--base", "b"], ["ingest", "synthetic:5"]):
+        assert "is a file, where a folder is to be written" in _error(*command, "--out", str(file))
+    assert "is a file" in _error("run", "--workdir", str(file))
+    assert file.read_text() == "kept"
+
+
+def test_a_folder_with_something_in_it_is_refused_before_the_training(tmp_path: Path) -> None:
+    from feyntune.artifacts.artifact import ArtifactError, require_new
+
+    (tmp_path / "note").write_text("kept")
+    with pytest.raises(ArtifactError, match="is not empty"):
+        require_new(tmp_path)
+    require_new(tmp_path / "new")
+
+
+def test_what_is_compared_is_looked_at_first(split: Path, tmp_path: Path) -> None:
+    compare = ["compare", "--data", str(split), "--out", str(tmp_path / "o")]
+    given = [*compare, "--evaluation", str(split), "--adapter", f"x={split}"]
+    assert "is no evaluation but of kind split" in _error(*given)
+    assert "is no comparison but of kind split" in _error("register", str(split), "--adapter", f"x={split}")
 
 
 def test_bad_input_ends_before_torch_is_imported(split: Path) -> None:
