@@ -155,11 +155,15 @@ def push_base(
     as_json: Json = False,
 ) -> None:
     """Copy a base model into the store, so that every step and endpoint can read it from there."""
+    from feyntune.model.base import check_base, folder_digest
+
     setup_logging(quiet=as_json)
     if precision == "nf4":
         from feyntune.model.quantize import push_quantized as push
     else:
         from feyntune.model.base import push_base as push
+    folder_digest(folder)  # says what is wrong with it
+    check_base(str(folder))
     pinned = push(folder, address)
     print_result({"base": pinned}, as_json, pinned)
 
@@ -186,5 +190,11 @@ def deploy(
 
     setup_logging(quiet=as_json)
     key = SecretStr(key_file.read_text(encoding="utf-8").strip()) if key_file is not None else None
-    done = deploy(parse_spec(yaml.safe_load(spec.read_text(encoding="utf-8"))), url, key, timeout=timeout)
+    try:
+        description = yaml.safe_load(spec.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as e:
+        raise UserError(f"{spec} is not YAML ({' '.join(str(e).split())}): correct it.") from e
+    if not isinstance(description, dict):
+        raise UserError(f"{spec} describes no endpoint: write its fields, as docs/operate.md shows.")
+    done = deploy(parse_spec(description), url, key, timeout=timeout)
     print_result(done.model_dump(mode="json"), as_json, f"{done.service} answers at {done.url}")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from feyntune.cli.options import Json, Out, parse_object, print_result, setup_logging, validated
+from feyntune.cli.options import Json, Out, parse_object, print_result, require_artifact, setup_logging, validated
 from feyntune.errors import UserError
 
 app = typer.Typer()
@@ -41,6 +41,7 @@ def ask(
     from feyntune.judging.endpoints import load_endpoints
     from feyntune.judging.external import AskConfig, ask
 
+    require_artifact(evaluation, "evaluation", "evaluate")
     setup_logging(quiet=as_json)
     known = load_endpoints(endpoints)
     selected = [_endpoint(known, name, endpoints) for name in system or known]
@@ -122,6 +123,7 @@ def study_serve(
     url: Annotated[str | None, typer.Option(help="Address at which raters reach it, if another.")] = None,
 ) -> None:
     """Serve a scoring page; prints a link for every rater."""
+    require_artifact(study, "study", "study make")
     from feyntune.study.page import serve
 
     setup_logging()
@@ -137,6 +139,8 @@ def study_score(
     as_json: Json = False,
 ) -> None:
     """Check returned sheets row by row, and summarize the scores."""
+    require_artifact(study, "study", "study make")
+    require_artifact(key, "study-key", "study make")
     from feyntune.study.study import score
 
     setup_logging(quiet=as_json)
@@ -152,6 +156,8 @@ def _each(folders: list[Path]) -> list[Path]:
     """The folders, one that holds artifacts replaced by those."""
     result: list[Path] = []
     for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}: `feyntune run` and `feyntune evaluate` make completions.")
         inner = sorted(path.parent for path in folder.glob("*/manifest.json"))
         result += inner if inner and not (folder / "manifest.json").is_file() else [folder]
     return result

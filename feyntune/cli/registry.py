@@ -18,18 +18,28 @@ from feyntune.cli.options import (
     setup_logging,
     warn,
 )
+from feyntune.errors import UserError
 
 app = typer.Typer()
 registry_app = typer.Typer(help="List, inspect and export registered adapters.", no_args_is_help=True)
 
 
 def open_registry(uri: str) -> Any:
-    """The registry at `uri`; warns where it is a folder that does not exist."""
+    """The registry at `uri`.
+
+    Raises:
+        UserError: it is a folder that does not exist.
+    """
+    require_registry(uri)
     from feyntune.registry.registry import Registry
 
-    if "://" not in uri and not Path(uri).is_dir():
-        warn(f"there is no registry at {uri}: nothing is registered there yet.")
     return Registry.open(uri)
+
+
+def require_registry(uri: str) -> None:
+    """Raise UserError where `uri` is a folder that does not exist."""
+    if "://" not in uri and not Path(uri).is_dir():
+        raise UserError(f"There is no registry at {uri}: `feyntune run` makes one, or name yours with --registry.")
 
 
 @app.command(epilog="Example: feyntune promote hep-th/lora-qkv --registry s3://feyntune/registry")
@@ -73,7 +83,11 @@ def _changes(before: Any, after: Any) -> str:
 def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False) -> None:
     """List all versions: stage, measured difference to the base, aliases."""
     setup_logging(quiet=as_json)
-    state = open_registry(registry).snapshot()
+    from feyntune.registry.registry import Registry
+
+    if "://" not in registry and not Path(registry).is_dir():
+        warn(f"there is no registry at {registry}: nothing is registered there yet.")
+    state = Registry.open(registry).snapshot()
     if as_json:
         versions = [v.model_dump(mode="json") for v in state.versions.values()]
         print(json.dumps({"versions": versions, "aliases": state.aliases}))
@@ -170,6 +184,7 @@ def registry_backup(
     as_json: Json = False,
 ) -> None:
     """Copy the registry; run it again to add what is new. Others may write meanwhile."""
+    require_registry(registry)
     from feyntune.registry.maintenance import copy_registry
 
     setup_logging(quiet=as_json)
@@ -198,6 +213,7 @@ def registry_fsck(
     as_json: Json = False,
 ) -> None:
     """Check events, adapters, cards and champions; exit with 1 if anything is wrong."""
+    require_registry(registry)
     from feyntune.registry.maintenance import check_registry
 
     setup_logging(quiet=as_json)
@@ -215,6 +231,7 @@ def registry_gc(
     as_json: Json = False,
 ) -> None:
     """Delete the files of archived versions and folders that no event names. The history stays."""
+    require_registry(registry)
     from feyntune.registry.maintenance import remove_unused
 
     setup_logging(quiet=as_json)

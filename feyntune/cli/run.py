@@ -171,12 +171,14 @@ def plan(
         str, typer.Option(help="Variants, separated by commas (`all` for the paper's twenty).")
     ] = "all",
     hardware: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100 or h200.")] = "a100-40gb",
-    devices: Annotated[int, typer.Option(help="Devices of one training.")] = 3,
+    devices: Annotated[int, typer.Option(min=1, help="Devices of one training.")] = 3,
     tokens_per_second: Annotated[
         float | None,
-        typer.Option(help="Measured useful tokens per second of one device; by default a roofline's."),
+        typer.Option(min=1, help="Measured useful tokens per second of one device; by default a roofline's."),
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Price of one device for one hour, in your currency.")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of one device for one hour, in your currency.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate tokens, steps, memory, GPU-hours and cost of variants, next to the published recipe."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from feyntune.artifacts.artifact import Manifest, read_manifest
+from feyntune.artifacts.artifact import Manifest, read_manifest, require_new
 from feyntune.artifacts.records import normal_form
 from feyntune.demo import SHIPPED
 from feyntune.errors import UserError
@@ -42,6 +42,7 @@ def make_demo_base(out: str | Path, physics_share: float = PHYSICS_SHARE, steps:
     so only on a CPU for which torch chooses the same kernels: the order of additions differs between instruction sets
     (ATEN_CPU_CAPABILITY), and over the steps that grows. Their losses then differ by less than `LOSS_TOLERANCE`.
     """
+    require_new(out)
     import torch
 
     from feyntune.training.tiny_base import make_tiny_base

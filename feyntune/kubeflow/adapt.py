@@ -72,8 +72,15 @@ def read_settings(path: str | Path) -> Settings:
         return Settings.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
     except OSError as e:
         raise UserError(f"Settings file {path} cannot be read ({e.strerror}): check the path.") from e
-    except (ValidationError, yaml.YAMLError) as e:
-        raise UserError(f"Settings file {path}: {'; '.join(str(e).splitlines()[1:3]).strip()}.") from e
+    except yaml.YAMLError as e:
+        raise UserError(f"Settings file {path} is not YAML ({' '.join(str(e).split())}): correct it.") from e
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        if not where:
+            raise UserError(f"Settings file {path} has no settings: write them as NAME: VALUE.") from e
+        raise UserError(f"Settings file {path}: {where}: {reason}.") from e
 
 
 def adapt(text: str, settings: Settings) -> str:

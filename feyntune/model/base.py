@@ -81,8 +81,8 @@ def check_base(base: str) -> None:
     adapted = {module for method in load_variants().methods.values() for module in method.target_modules}
     if not adapted <= modules or "hidden_size" not in config:
         raise UserError(
-            f"Base model {folder} is a {config['model_type']} model: give one of Llama's architecture, with the modules "
-            f"that adapters change ({', '.join(sorted(adapted))})."
+            f"Base model {folder} is a {config['model_type']} model: give one of Llama's architecture, with the "
+            f"modules that adapters change ({', '.join(sorted(adapted))})."
         )
 
 
@@ -101,6 +101,8 @@ def folder_digest(folder: str | Path) -> str:
     folder = Path(folder)
     if is_artifact(folder):
         return read_manifest(folder).digest
+    if not folder.is_dir():
+        raise UserError(f"Base model {folder}: there is no such folder.")
     if not (folder / "config.json").is_file():
         raise UserError(f"Base model {folder}: it has no config.json; give the folder of a saved model.")
     names = _model_files(folder)

@@ -126,10 +126,12 @@ def _finished(out: str, checkpoints: str | None, inputs: dict[str, str], metadat
     def check(manifest: Manifest, where: str) -> None:
         if (manifest.kind, manifest.inputs, manifest.config) == ("adapter", inputs, metadata):
             return
+        if manifest.kind != "adapter":
+            raise UserError(f"{where} is of kind {manifest.kind}, not an adapter: choose another folder or address.")
         other = [k for k in {**metadata, **manifest.config} if metadata.get(k) != manifest.config.get(k)]
         other += [k for k in {**inputs, **manifest.inputs} if inputs.get(k) != manifest.inputs.get(k)]
         raise UserError(
-            f"{where} holds another {manifest.kind} (it differs in {', '.join(other) or 'kind'}): choose another "
+            f"{where} holds another {manifest.kind} (it differs in {', '.join(other)}): choose another "
             "folder or address."
         )
 

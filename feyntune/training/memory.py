@@ -7,12 +7,13 @@ compares them with what autograd keeps on a CPU; they have not been checked agai
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from feyntune.errors import UserError
 from feyntune.training.config import TARGETS, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 GPU_VOCAB_CHUNK = 8192  # vocabulary entries at once in the loss
 GPU_TOKENS = 8192  # of a micro-batch: more than any batch of 16 abstracts has
@@ -197,11 +198,13 @@ def plan(shape: Shape, method: str, config: TrainConfig, memory: float, largest:
 
 
 def plan_memory(
-    model: torch.nn.Module, method: str, config: TrainConfig, device: torch.device, largest: int | None = None
+    model: "torch.nn.Module", method: str, config: TrainConfig, device: "torch.device", largest: int | None = None
 ) -> MemoryPlan:
     """The plan for a loaded model on its device. On a CPU layers recompute only if the config says so."""
     shape = Shape.of(model.config.get_text_config().to_dict())  # type: ignore[union-attr,operator]
     if device.type == "cuda":
+        import torch  # `feyntune plan` does without
+
         return plan(shape, method, config, float(torch.cuda.get_device_properties(device).total_memory), largest)
     fixed = config.activation_checkpointing_layers
     return MemoryPlan(config.micro_batch_tokens or CPU_TOKENS, 0 if fixed == "auto" else min(fixed, shape.layers))

@@ -127,6 +127,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(split: Path, tmp_path: Path)
     for command in (["train", *train], ["evaluate", "--data", str(split), "--base", "b"], ["ingest", "synthetic:5"]):
         assert "is a file, where a folder is to be written" in _error(*command, "--out", str(file))
     assert "is a file" in _error("run", "--workdir", str(file))
+    assert "is a file" in _error("make-base", str(file))
     assert file.read_text() == "kept"
 
 
@@ -144,6 +145,44 @@ def test_what_is_compared_is_looked_at_first(split: Path, tmp_path: Path) -> Non
     given = [*compare, "--evaluation", str(split), "--adapter", f"x={split}"]
     assert "is no evaluation but of kind split" in _error(*given)
     assert "is no comparison but of kind split" in _error("register", str(split), "--adapter", f"x={split}")
+
+
+def test_what_needs_a_run_says_so_before_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "endpoints.yaml").write_text(
+        "endpoints:\n  - {name: gpt, base_url: 'http://127.0.0.1:9/v1', model: m, key_env: KEY}\n"
+    )
+    asked = ["--endpoints", "endpoints.yaml", "--out", "o"]
+    given = ["--completions", "runs/latest/evaluations"]
+    for command in (["promote", "champion"], ["rollback"], ["registry", "show", "champion"], ["registry", "fsck"]):
+        assert "There is no registry at runs/registry: `feyntune run` makes one" in _error(*command)
+    assert "There is no registry at runs/registry" in _error("registry", "backup", "copy")
+    assert "`feyntune run` and `feyntune evaluate` make completions" in _error(
+        "judge", *given, "--judge", "gpt", *asked
+    )
+    assert "`feyntune run` and `feyntune evaluate` make completions" in _error(
+        "study", "make", *given, "--rater", "a", "--out", "o", "--key", "k"
+    )
+    assert "There is no folder nowhere: make one with `feyntune evaluate`" in _error("ask", "nowhere", *asked)
+    assert "There is no folder nowhere: make one with `feyntune study make`" in _error(
+        "study", "serve", "nowhere", "--scores", "s"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["endpoints.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [("a: [1,\n b", "is not YAML"), ("- 1", "describes no endpoint"), ("", "no endpoint")]
+)
+def test_a_serving_description_that_is_none_is_refused(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "serving.yaml").write_text(content)
+    assert sentence in _error("deploy", str(tmp_path / "serving.yaml"))
+
+
+@pytest.mark.parametrize("option", ["--devices", "--tokens-per-second", "--price"])
+def test_plan_refuses_an_impossible_number(option: str) -> None:
+    result = CliRunner().invoke(cli.app, ["plan", option, "-1"])
+    assert result.exit_code == EXIT_BAD_INPUT
+    assert f"Invalid value for '{option}'" in result.output
 
 
 def test_bad_input_ends_before_torch_is_imported(split: Path) -> None:

@@ -106,7 +106,10 @@ def test_a_default_of_the_wrong_kind_is_refused():
         adapt(SUITE, Settings(defaults={"store": 3}))
 
 
-@pytest.mark.parametrize(("text", "names"), [("imges: x", "imges"), ("queue: [1]", "queue"), ("{", "settings")])
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("imges: x", "imges"), ("queue: [1]", "queue: "), ("{", "is not YAML"), ("- 1", "has no settings")],
+)
 def test_a_settings_file_that_cannot_be_is_refused_by_name(tmp_path, text, names):
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(UserError, match=names):

@@ -4,15 +4,16 @@ import pytest
 
 from feyntune.artifacts.artifact import ArtifactError, write_artifact
 from feyntune.artifacts.store import open_store, push
+from feyntune.demo import SHIPPED
 from feyntune.errors import UserError
 from feyntune.model.base import (
     _cache,
+    check_base,
     fetch_base,
     fetch_tokenizer,
     folder_digest,
     pin_base,
     push_base,
-    require_tokenizer,
     split_pin,
 )
 
@@ -54,11 +55,17 @@ def test_a_tilde_is_the_home_folder(model, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_tokenizer_is_named(model):
+    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(UserError, match="has no tokenizer"):
-        require_tokenizer(pin_base(str(model)))
+        check_base(pin_base(str(model)))
     (model / "tokenizer.json").write_text("{}")
-    require_tokenizer(pin_base(str(model)))
-    require_tokenizer("org/name@abc")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        check_base(pin_base(str(model)))
+    check_base("org/name@abc")
+
+
+def test_the_shipped_base_is_one_that_adapters_can_change():
+    check_base(str(SHIPPED))
 
 
 def test_files_that_are_no_part_of_a_model_do_not_count(model):
