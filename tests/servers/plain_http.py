@@ -44,7 +44,7 @@ def serving(answer=not_found, certificate: tuple[Path, Path] | None = None) -> I
         context.load_cert_chain(*certificate)
         http.socket = context.wrap_socket(http.socket, server_side=True)
     server = Server(f"http{'s' if certificate else ''}://127.0.0.1:{http.server_port}")
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server
     finally:
