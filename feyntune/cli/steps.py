@@ -1,6 +1,7 @@
 """The pipeline's steps as commands of their own, each usable without Kubeflow."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,6 +115,7 @@ def train(
         raise UserError(f"--method {method}: choose {' or '.join(METHODS)}.")
 
     setup_logging(quiet=as_json)
+    own_state = out.with_name(f".{out.name}.state")
     manifest = launch(
         data=str(data),
         mixture=mixture,
@@ -121,8 +123,10 @@ def train(
         base=pinned_base(base),
         out=str(out),
         config=settings,
-        checkpoints=checkpoints or str(out.with_name(f".{out.name}.state")),
+        checkpoints=checkpoints or str(own_state),
     )
+    if not checkpoints:
+        shutil.rmtree(own_state, ignore_errors=True)  # what would resume it, and a copy of the adapter
     line = f"{out}: {manifest.stats['train_tokens']:,} tokens in {manifest.stats['seconds']:.0f} s"
     print_result({**manifest.stats, "digest": manifest.digest}, as_json, line)
 

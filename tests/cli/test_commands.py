@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -201,6 +202,28 @@ def test_an_empty_registry_is_a_warning(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "No version is registered." in result.stdout
     assert "there is no registry at" in result.stderr
+
+
+@pytest.mark.parametrize("given", [[], ["--checkpoints", "kept"]])
+def test_a_finished_training_leaves_no_checkpoints_but_where_they_were_asked_for(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    from feyntune.artifacts.artifact import write_artifact
+    from feyntune.demo import SHIPPED
+    from feyntune.training import launch
+
+    def trained(**job: Any) -> Any:
+        Path(job["checkpoints"]).mkdir()
+        with write_artifact(job["out"], "adapter") as folder:
+            folder.stats |= {"train_tokens": 1, "seconds": 1.0}
+        return launch.read_manifest(job["out"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "launch", trained)
+    train = ["train", "--data", str(split), "--mix", "hep-th", "--method", "lora-all", "--base", str(SHIPPED)]
+    result = CliRunner().invoke(cli.app, [*train, "--out", "adapter", *given])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"split", "adapter", *given[1:]}
 
 
 def test_plan_names_a_mixture_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
