@@ -1,5 +1,8 @@
 """How figures were measured, in one record, and whether two of them may be compared. No heavy imports."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 CONDITIONS = "conditions.json"  # in every evaluation
@@ -59,6 +62,29 @@ def differences(a: Conditions | None, b: Conditions | None) -> list[str]:
         for field, label in _LABELS.items()
         if getattr(a, field) != getattr(b, field)
     ]
+
+
+def as_served_sentence(measured: Mapping[str, Any]) -> str:
+    """How far the endpoint's arithmetic is from that of the scores (evaluation.as_served), for report and model card.
+
+    Of the system where the two are farthest apart; "" where nothing was measured.
+    """
+    if not measured:
+        return ""
+    name = max(measured, key=lambda n: measured[n]["mean_difference"])
+    m = measured[name]
+    scored, served = m["scored"], m["served"]
+    arithmetic = lambda m: f"adapters in {m['lora']} with {m['attention']} attention"
+    if arithmetic(scored) == arithmetic(served):
+        how = f"Scored as served: scores, completions and the endpoint compute {arithmetic(scored)}."
+    else:
+        how = f"The scores compute {arithmetic(scored)}, completions and the endpoint {arithmetic(served)}."
+    return (
+        f"{how} On {m['texts']} test abstracts scored both ways, log-probabilities differ by "
+        f"{m['mean_difference']:.1g} nats a token on average, at most {m['largest_difference']:.1g}; the perplexity is "
+        f"{scored['perplexity']:.3f} by the scores and {served['perplexity']:.3f} by the endpoint's engine ({name}"
+        + (", where they differ most)." if len(measured) > 1 else ").")
+    )
 
 
 def _shown(value: object) -> str:

@@ -4,7 +4,7 @@ The scores compute an adapter with peft, which keeps it in fp32; the engine of t
 computes the adapters of a whole batch in the base's own precision, with another attention kernel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,23 +31,3 @@ def difference(
         "mean_difference": float(apart.mean()),
         "largest_difference": float(apart.max()),
     }
-
-
-def sentence(measured: Mapping[str, Any]) -> str:
-    """Of the system where the two are farthest apart; "" where nothing was measured."""
-    if not measured:
-        return ""
-    name = max(measured, key=lambda n: measured[n]["mean_difference"])
-    m = measured[name]
-    scored, served = m["scored"], m["served"]
-    arithmetic = lambda m: f"adapters in {m['lora']} with {m['attention']} attention"
-    if arithmetic(scored) == arithmetic(served):
-        how = f"Scored as served: scores, completions and the endpoint compute {arithmetic(scored)}."
-    else:
-        how = f"The scores compute {arithmetic(scored)}, completions and the endpoint {arithmetic(served)}."
-    return (
-        f"{how} On {m['texts']} test abstracts scored both ways, log-probabilities differ by "
-        f"{m['mean_difference']:.1g} nats a token on average, at most {m['largest_difference']:.1g}; the perplexity is "
-        f"{scored['perplexity']:.3f} by the scores and {served['perplexity']:.3f} by the endpoint's engine ({name}"
-        + (", where they differ most)." if len(measured) > 1 else ").")
-    )

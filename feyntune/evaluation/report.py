@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feyntune.artifacts.artifact import Manifest
 from feyntune.artifacts.records import SOURCES
-from feyntune.evaluation import as_served, extraction, seeds, task_sections
+from feyntune.conditions import as_served_sentence
+from feyntune.evaluation import extraction, seeds, task_sections
 from feyntune.evaluation.completion_stats import PUBLISHED as PUBLISHED_SIMILARITY
 from feyntune.names import BASE, split_seed
 from feyntune.tex import mark_words, set_formulas
@@ -74,7 +75,7 @@ def render(
         people=people,
         task_settings=task_sections.describe(summary["tasks"]["settings"]) if "tasks" in summary else [],
         extraction_sentences=extraction.sentences(summary["extraction"]) if "extraction" in summary else [],
-        as_served=as_served.sentence(summary.get("as_served", {})),
+        as_served=as_served_sentence(summary.get("as_served", {})),
         BASE=BASE,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from feyntune.artifacts.artifact import Manifest
-from feyntune.evaluation.as_served import sentence
+from feyntune.conditions import as_served_sentence
 from feyntune.registry.gate import GateResult, Measured
 
 _TAGS = ["lora", "peft", "safetensors", "arxiv", "physics", "feyntune"]
@@ -58,7 +58,7 @@ def model_card(
             f"On {where}: perplexity {c.mean:+.3g} % against the base, 95 % interval [{c.low:+.3g}, {c.high:+.3g}] %."
             for where, c in measured.changes.items()
         ),
-        *([sentence({variant: measured.as_served.model_dump()})] if measured.as_served else []),
+        *([as_served_sentence({variant: measured.as_served.model_dump()})] if measured.as_served else []),
         "Gate: " + ("passed" if gate.passed else "refused") + ".",
         "\n".join(f"- {c.clause}: {c.message}" for c in gate.clauses),
         "## Trained",

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from feyntune.artifacts.artifact import read_manifest
-from feyntune.evaluation.as_served import TEXTS, difference, sentence
+from feyntune.conditions import as_served_sentence
+from feyntune.evaluation.as_served import TEXTS, difference
 from feyntune.evaluation.compare import compare
 from feyntune.evaluation.config import EvaluateConfig
 from feyntune.evaluation.evaluate import evaluate
@@ -41,18 +42,20 @@ def test_report_and_registry_state_both_and_the_difference(tmp_path, tiny_base, 
     compare([tmp_path / "evaluation"], adapters, tiny_split, tmp_path / "out", config=QUICK)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["as_served"] == read_manifest(tmp_path / "evaluation").stats["as_served"]
-    assert sentence(summary["as_served"]) in unescape((tmp_path / "out" / "report.html").read_text())
+    assert as_served_sentence(summary["as_served"]) in unescape((tmp_path / "out" / "report.html").read_text())
     register(tmp_path / "out", adapters, str(tmp_path / "registry"))
     registry = Registry.open(str(tmp_path / "registry"))
     for version in registry.snapshot().versions.values():
         assert version.measured.as_served is not None
-        assert sentence({version.variant: summary["as_served"][version.variant]}) in registry.card(version.name)
+        assert as_served_sentence({version.variant: summary["as_served"][version.variant]}) in registry.card(
+            version.name
+        )
 
 
 def test_without_completions_nothing_is_said(tmp_path, tiny_base, tiny_split):
     config = FP32.model_copy(update={"completions": None})
     assert "as_served" not in evaluate(tiny_split, tiny_base, {}, tmp_path / "out", config).stats
-    assert sentence({}) == ""
+    assert as_served_sentence({}) == ""
 
 
 def test_figures_of_the_difference():
