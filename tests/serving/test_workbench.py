@@ -188,6 +188,7 @@ def test_two_systems_are_seen_to_write_side_by_side(page, lectern):
         )
         assert {t["level"] for t in drawn} == {None}  # a model's own sample is not shaded
     assert "nats a token" not in page.one(".panels").text
+    assert page.one(".panels").text.count("Point at a token") == 1  # said once, beside the first answer
 
 
 def test_surprise_is_told_apart_without_color_and_explained(page):
@@ -220,6 +221,9 @@ def test_tex_is_set_in_prompt_and_completion_even_across_their_border(page, lect
     assert "token" in formulas[1][1]
     assert all(width > 5 for _, _, width in formulas)
     assert page.js("return document.fonts.check('16px KaTeX_Math') && document.fonts.check('16px KaTeX_Main')")
+    assert page.js("return [...document.fonts].map(f => f.display)").count("swap") == page.js(
+        "return document.fonts.size"
+    )  # a formula can be read while its font loads
     assert "$" not in page.js(
         "const o = document.querySelector('.output').cloneNode(true);"
         "o.querySelectorAll('.katex').forEach(k => k.remove()); return o.textContent"

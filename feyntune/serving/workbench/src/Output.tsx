@@ -102,7 +102,7 @@ export function Output(props: {
       </div>
       <p class={tokens.length ? "readout" : "readout none"} aria-live="polite">
         {at !== null && <Readout token={tokens[at]} base={base?.[at]} number={at + 1} of={tokens.length} />}
-        {at === null && tokens.length > 0 && <span class="quiet">Point at a token, or focus the text and use ← →</span>}
+        {at === null && tokens.length > 0 && <span class="quiet hint">Point at a token, or focus the text and use ← →</span>}
       </p>
     </>
   );
