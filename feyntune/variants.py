@@ -130,7 +130,7 @@ def _validate(raw: Any, model: type[_File], name: str) -> _File:
             where[1] = entry.get("name", where[1]) if isinstance(entry, dict) else where[1]
         field = " ".join(str(w) for w in where[1:]) or str(where[0] if where else "mixtures")
         reason = first["msg"].removeprefix("Value error, ")
-        if not where:
+        if first["type"] == "model_type":  # the whole file is something else
             reason = "write a list under `mixtures:`, as docs/your-own.md shows"
         raise UserError(f"{name}: {field}: {reason.rstrip('?.')}{'?' if reason.endswith('?') else '.'}") from e
 

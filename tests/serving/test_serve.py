@@ -17,6 +17,7 @@ from feyntune.registry.registry import Registry
 from feyntune.serving.serve import serve
 from tests.serving.conftest import free_port, gauge, serving, settles
 from tests.serving.factories import register_adapter, seal_adapter
+from tests.training.processes import wait_until
 
 FAKE_VLLM = [sys.executable, str(Path(__file__).parents[1] / "servers" / "fake_vllm.py")]
 SMALL = {"max_adapters": 4, "max_rank": 8, "batch_tokens": 64, "batch_requests": 16, "cache_tokens": 4096}
@@ -45,6 +46,7 @@ def test_a_promotion_is_followed_under_load_and_a_bad_version_leaves_the_old_one
         for t in threads:
             t.start()
         try:
+            wait_until(lambda: answered)
             register_adapter(registry, full, adapters[full])
             second = registry.promote(full)
             running.wait(lambda d: d["adapters"].get("champion") == second.name, seconds=10)
@@ -118,7 +120,7 @@ def test_sigterm_lets_running_requests_end(tiny_base, registry):
 
 def test_the_log_has_one_format(tiny_base, registry):
     with serving(registry.store.uri, tiny_base, **SMALL) as running:
-        assert httpx.post(f"{running.url}/openai/v1/completions", content="no JSON").status_code == 400
+        assert httpx.post(f"{running.url}/openai/v1/completions", content="no JSON").status_code == 415
         lines = running.output().splitlines()
     assert any("listening on http://127.0.0.1:" in line for line in lines)
     assert all(re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in lines), lines
