@@ -1,6 +1,6 @@
 # make run           environment, then the whole compiled pipeline on this machine, on a tiny model
 # make check         environment, linters and unit tests: under a minute once the environment is there
-# make test          environment, linters and every test that needs no cluster (about 17 minutes on two cores)
+# make test          environment, linters and every test that needs no cluster (about 20 minutes on two cores)
 # make test-cluster  the chart, the images and a run on the cluster of KUBECONFIG
 # make test-kind     the same on a kind cluster, with Kubeflow Pipelines and KServe installed from manifests/prerequisites
 # make test-rig RIG= the same on a cluster made for it on this machine, by the commands in that folder
