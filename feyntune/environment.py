@@ -1,6 +1,7 @@
 """How values are read from environment variables."""
 
 import os
+import re
 
 
 def variable(*names: str) -> str | None:
@@ -16,3 +17,8 @@ def variable(*names: str) -> str | None:
         if value:
             return value
     return None
+
+
+def is_sendable(key: str) -> bool:
+    """Whether a key or token can stand in a header: no line break, no space, nothing that is not ASCII."""
+    return bool(re.fullmatch(r"[!-~]+", key))

@@ -87,7 +87,7 @@ def http_pool(url: str, ca_bundle: str | None = None, **options: Any) -> urllib3
         UserError: the proxy or a file of certificates cannot be used.
     """
     if urlsplit(url).scheme == "https":
-        options["ssl_context"] = _trusting(ca_bundle, os.environ.get("SSL_CERT_FILE", "").strip())
+        options["ssl_context"] = _trusting(ca_bundle, certificates_file())
     proxy = proxy_for(url)
     if proxy is None:
         return urllib3.PoolManager(**options)
@@ -107,8 +107,13 @@ def httpx_options(url: str) -> dict[str, Any]:
     Raises:
         UserError: the proxy or SSL_CERT_FILE cannot be used.
     """
-    context = _trusting(os.environ.get("SSL_CERT_FILE", "").strip())
+    context = _trusting(certificates_file())
     return {"proxy": proxy_for(url), "verify": context, "trust_env": False}
+
+
+def certificates_file() -> str | None:
+    """The PEM file of certificate authorities that the environment names."""
+    return os.environ.get("SSL_CERT_FILE", "").strip() or None
 
 
 def _trusting(*bundles: str | None) -> ssl.SSLContext:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from feyntune.aws_profile import read_profile
-from feyntune.environment import variable
+from feyntune.environment import is_sendable, variable
 from feyntune.errors import UserError
 
 AWS = "https://s3.amazonaws.com"
@@ -99,7 +99,7 @@ def _key(name: str) -> str | None:
         UserError: it holds what no header can: a line break, a space, or what is not ASCII.
     """
     value = variable(name)
-    if value and not re.fullmatch(r"[!-~]+", value):
+    if value and not is_sendable(value):
         raise UserError(f"{name} holds a line break, a space or a character that is not ASCII: copy it again.")
     return value
 

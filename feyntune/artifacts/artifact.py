@@ -105,6 +105,13 @@ class ArtifactWriter:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
+def require_no_file(folder: str | Path) -> None:
+    """Raise ArtifactError where `folder` is a file."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file, where a folder is to be written: choose another name.")
+
+
 def require_new(folder: str | Path) -> None:
     """Check that an artifact can be written to `folder`: before work that takes long.
 
@@ -112,8 +119,7 @@ def require_new(folder: str | Path) -> None:
         ArtifactError: it is a file, or exists and is not empty. Artifacts are never overwritten.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file, where a folder is to be written: choose another name.")
+    require_no_file(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ArtifactError(f"{folder} is not empty, and artifacts are never overwritten: choose another folder.")
 

@@ -16,13 +16,15 @@ DEFAULT_REGISTRY = "runs/registry"
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object and nothing else.")]
 
 
-def _not_a_file(folder: Path) -> Path:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, where a folder is to be written: choose another name.")
+def no_file(folder: Path) -> Path:
+    """The value of an option that names a folder to write."""
+    from feyntune.artifacts.artifact import require_no_file
+
+    require_no_file(folder)
     return folder
 
 
-Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.", callback=_not_a_file)]
+Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.", callback=no_file)]
 Data = Annotated[Path, typer.Option(help="Folder of a split.")]
 Base = Annotated[str, typer.Option(help="Base model: a folder, s3://BUCKET/FOLDER, or a hub id such as ORG/NAME.")]
 Adapters = Annotated[list[str], typer.Option("--adapter", help="Adapter as NAME=DIR; repeatable.")]
@@ -131,6 +133,19 @@ def _kind(manifest: Path) -> str:
         return RENAMED_KINDS.get(kind, kind)
     except (ValueError, KeyError, TypeError, OSError):
         return "folder with an unreadable manifest.json"
+
+
+def is_missing(registry: str) -> bool:
+    """Whether a registry is the path of a folder that does not exist; of one in a store that is not looked up."""
+    return "://" not in registry and not Path(registry).is_dir()
+
+
+def adapters_of(items: Iterable[str]) -> dict[str, str]:
+    """`NAME=DIR` items as a mapping, each folder an adapter."""
+    adapters = pairs_of(items)
+    for folder in adapters.values():
+        require_artifact(folder, "adapter", "train")
+    return adapters
 
 
 def pinned_base(base: str) -> str:

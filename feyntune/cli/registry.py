@@ -1,7 +1,6 @@
 """Commands on the registry: what is registered, and what is served."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from feyntune.cli.options import (
     Out,
     RegistryUri,
     VersionName,
+    is_missing,
     print_result,
     print_table,
     setup_logging,
@@ -38,7 +38,7 @@ def open_registry(uri: str) -> Any:
 
 def require_registry(uri: str) -> None:
     """Raise UserError where `uri` is a folder that does not exist."""
-    if "://" not in uri and not Path(uri).is_dir():
+    if is_missing(uri):
         raise UserError(f"There is no registry at {uri}: `feyntune run` makes one, or name yours with --registry.")
 
 
@@ -85,7 +85,7 @@ def registry_ls(registry: RegistryUri = DEFAULT_REGISTRY, as_json: Json = False)
     setup_logging(quiet=as_json)
     from feyntune.registry.registry import Registry
 
-    if "://" not in registry and not Path(registry).is_dir():
+    if is_missing(registry):
         warn(f"there is no registry at {registry}: nothing is registered there yet.")
     state = Registry.open(registry).snapshot()
     if as_json:

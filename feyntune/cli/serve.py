@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from feyntune.cli.options import DEFAULT_REGISTRY, Base, RegistryUri, pinned_base, setup_logging, warn
+from feyntune.cli.options import DEFAULT_REGISTRY, Base, RegistryUri, is_missing, pinned_base, setup_logging, warn
 from feyntune.errors import UserError
 
 app = typer.Typer()
@@ -74,7 +74,7 @@ def serve(
             except OSError as e:
                 raise UserError(f"{option} {number}: cannot listen there ({e.strerror}); choose another.") from e
     pinned_base(base)
-    if "://" not in registry and not Path(registry).is_dir():
+    if is_missing(registry):
         warn(f"there is no registry at {registry}: serving the base model alone.")
     from feyntune.serving.serve import serve
 

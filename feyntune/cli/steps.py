@@ -19,8 +19,9 @@ from feyntune.cli.options import (
     Out,
     RecipeFile,
     RegistryUri,
+    adapters_of,
     names_of,
-    pairs_of,
+    no_file,
     pinned_base,
     print_result,
     print_table,
@@ -142,21 +143,13 @@ def _require_mixture(data: Path, mixture: str) -> None:
         raise UserError(f"--mix {mixture}: the split {data} has no such mixture; {hint}")
 
 
-def _adapters(items: list[str]) -> dict[str, str]:
-    """`NAME=DIR` items as a mapping, each folder an adapter."""
-    adapters = pairs_of(items)
-    for folder in adapters.values():
-        require_artifact(folder, "adapter", "train")
-    return adapters
-
-
 @app.command(
     epilog="Example: feyntune evaluate --data split --base runs/base --adapter hep-th/lora-qkv=adapter --out measured"
 )
 def evaluate(
     data: Data,
     base: Base,
-    out: Annotated[Path, typer.Option(help="Folder to write: scores/ and comparison/.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: scores/ and comparison/.", callback=no_file)],
     adapter: Annotated[list[str] | None, typer.Option(help="Adapter as NAME=DIR; repeatable.")] = None,
     recipe: RecipeFile = None,
     changes: Changes = None,
@@ -164,9 +157,7 @@ def evaluate(
 ) -> None:
     """Score the base and adapters on the test abstracts, and compare them."""
     require_artifact(data, "split", "split")
-    adapters = _adapters(adapter or [])
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, where a folder is to be written: choose another name.")
+    adapters = adapters_of(adapter or [])
     from feyntune.evaluation.config import EvaluateConfig
 
     config = EvaluateConfig.model_validate(recipe_of(recipe, changes, base, as_json).get("evaluate", {}))
@@ -198,7 +189,7 @@ def compare(
     require_artifact(data, "split", "split")
     for folder in evaluation:
         require_artifact(folder, "evaluation", "evaluate")
-    adapters = _adapters(adapter)
+    adapters = adapters_of(adapter)
     for optional, kind, made_by in (
         ([corpus] if corpus else [], "corpus", "ingest"),
         ([people] if people else [], "study-result", "study score"),
@@ -246,7 +237,7 @@ def register(
 ) -> None:
     """Register measured adapters; promote the best one that passes the gate."""
     require_artifact(comparison, "comparison", "evaluate")
-    adapters = _adapters(adapter)
+    adapters = adapters_of(adapter)
     from feyntune.registry.register import register
 
     setup_logging(quiet=as_json)

@@ -10,11 +10,10 @@ from feyntune.cli.options import (
     Base,
     Json,
     Out,
+    adapters_of,
     names_of,
-    pairs_of,
     pinned_base,
     print_result,
-    require_artifact,
     setup_logging,
 )
 from feyntune.errors import UserError
@@ -36,9 +35,7 @@ def tasks(
     as_json: Json = False,
 ) -> None:
     """Run benchmarks of the lm-evaluation-harness on the base and adapters; `compare --tasks` shows them."""
-    adapters = pairs_of(adapter or [])
-    for folder in adapters.values():
-        require_artifact(folder, "adapter", "train")
+    adapters = adapters_of(adapter or [])
     if include is not None and not include.is_dir():
         raise UserError(f"--include {include}: there is no such folder.")
     if precision not in ("fp32", "bf16", "nf4"):

@@ -6,7 +6,6 @@ an interrupted run requests only what is missing. Only answers in flight at a ki
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 from collections import Counter, deque
@@ -22,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from feyntune.artifacts.artifact import sha256_json
-from feyntune.environment import variable
+from feyntune.environment import is_sendable, variable
 from feyntune.errors import Interrupted, UserError
 from feyntune.judging.replies import REFUSAL, describe_error, text_of, why_no_choices
 from feyntune.names import BASE
@@ -128,7 +127,7 @@ class Endpoint(BaseModel):
         return None
 
     def _sendable(self, key: str, where: str) -> str:
-        if not re.fullmatch(r"[!-~]+", key):
+        if not is_sendable(key):
             raise UserError(
                 f"Endpoint {self.name}: the key in {where} holds a line break, a space or a character that is not "
                 "ASCII: copy it again."

@@ -5,8 +5,6 @@ Idempotent: a pipeline is made once, each release once as a version of it.
 
 import hashlib
 import json
-import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -19,10 +17,11 @@ from typing import Any
 import yaml
 
 from feyntune.constants import VERSION
+from feyntune.environment import is_sendable
 from feyntune.errors import UserError
 from feyntune.kubeflow.adapt import COMPILED, Settings, adapt, check_type, read_settings
 from feyntune.kubeflow.preflight import choose_variants, refuse_null
-from feyntune.network import checked_address, describe_failure, proxy_for
+from feyntune.network import certificates_file, checked_address, describe_failure, proxy_for
 from feyntune.recipe import check_recipe
 from feyntune.telemetry import log
 
@@ -156,7 +155,7 @@ def kubeflow_client(host: str, namespace: str | None, token_file: str | None) ->
 
     host = _api_host(host)
     token = _token_in(token_file) if token_file else None
-    proxy, bundle = proxy_for(host), os.environ.get("SSL_CERT_FILE", "").strip() or None
+    proxy, bundle = proxy_for(host), certificates_file()
     try:
         # The client itself asks five times over 25 seconds and then hides the answer.
         health = requests.get(
@@ -201,7 +200,7 @@ def _token_in(file: str) -> str:
         token = Path(file).expanduser().read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--token-file {file} cannot be read ({type(e).__name__}): correct it.") from None
-    if not re.fullmatch(r"[!-~]+", token):
+    if not is_sendable(token):
         raise UserError(f"--token-file {file} does not hold one token alone: correct it.")
     return token
 
